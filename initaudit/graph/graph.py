@@ -1,0 +1,82 @@
+"""The one graph that both front doors make: a torch.fx graph whose constants are read by name.
+
+    placeholder     an input of the model            meta: "shape", "dtype"
+    get_attr        a constant; `target` is a key of `Graph.constants`
+    call_function   an operator: an ATen overload, or a function of `initaudit.onnx_ops`
+    output          a flat tuple of the floating-point outputs
+
+Every node carries `meta["location"]` (a `Location`); nodes whose shape is known without running carry `meta["shape"]` (a tuple
+of ints) and `meta["dtype"]` (a torch.dtype).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where an operator stands: the source line that called it, and the module path or the ONNX node's name."""
+
+    site: str = ""
+    file: str | None = None
+    line: int | None = None
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A parameter, buffer or literal. `value` reads it (a torch tensor that nobody else writes to).
+
+    `name` is what the report calls it. `kind` is "parameter" for what training changes, "buffer" for what a module keeps
+    (running statistics), "literal" for numbers written into the graph. Names in `tied` are other names of the same storage.
+    """
+
+    name: str
+    kind: Literal["parameter", "buffer", "literal"]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    value: Callable[[], torch.Tensor] = field(repr=False, compare=False)
+    trainable: bool = True
+    tied: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of the model: a size is an int, or the name of a symbolic dimension."""
+
+    name: str
+    shape: tuple[int | str, ...] | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A program as a graph. `unused` names the trainable parameters that no path of the graph reaches.
+
+    `notes` are one-line remarks for the report: what was assumed while the graph was made.
+    """
+
+    fx: fx.Graph = field(repr=False)
+    constants: Mapping[str, Constant] = field(repr=False)
+    inputs: tuple[Input, ...]
+    source: Literal["module", "onnx"]
+    unused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    examples: tuple[torch.Tensor, ...] | None = field(default=None, repr=False, compare=False)
+
+
+def location_of(node: fx.Node) -> Location:
+    """The location recorded for `node`; an empty one where nothing is known."""
+    found: Any = node.meta.get("location")
+    return found if isinstance(found, Location) else Location()
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of the node's value where it is known without running the graph."""
+    found: Any = node.meta.get("shape")
+    return found if isinstance(found, tuple) else None

@@ -1,0 +1,81 @@
+"""What a rule is: one class in one file whose documentation, examples and message belong together.
+
+A rule is found by its folder (`initaudit/rules/ia*.py`), registered once, and judged by its own examples: `invalid` builds models
+that it must report, `valid` models that it must leave alone. Both are run by the tests and rendered on the rule's page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from initaudit.graph.graph import Location
+
+if TYPE_CHECKING:
+    import torch
+
+    from initaudit.rules.evidence import Evidence
+
+Severity = Literal["error", "warning", "info"]
+Phase = Literal["init", "trained", "any"]
+
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem, at its root. `measured` and `expected` are finite numbers or None.
+
+    `tensor` is the weight, `site` the operator that uses it. `message` says what was found and what it will do to training,
+    `help` what to type. `related` names the other tensors that the same cause touches.
+    """
+
+    code: str
+    name: str
+    severity: Severity
+    message: str
+    help: str
+    tensor: str = ""
+    site: str = ""
+    location: Location = Location()
+    measured: float | None = None
+    expected: float | None = None
+    related: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A model that a rule must report or leave alone; `build` returns the module and its inputs, drawn from a fixed seed."""
+
+    name: str
+    build: Callable[[], tuple[torch.nn.Module, tuple[torch.Tensor, ...]]]
+
+
+class Rule:
+    """A rule. Its docstring is its page: what it does, why it is bad, an example, what to do instead, the source."""
+
+    code: ClassVar[str]
+    name: ClassVar[str]
+    severity: ClassVar[Severity]  # the highest it uses
+    phase: ClassVar[Phase]
+    summary: ClassVar[str]  # fires when ...
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """Yields the findings; reads `evidence` only."""
+        raise NotImplementedError
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """Models that look alike and are healthy."""
+        return ()
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """Models that must be reported with this code."""
+        return ()
+
+    @classmethod
+    def finding(cls, message: str, help: str, *, severity: Severity | None = None, **fields: Any) -> Finding:
+        """A finding of this rule, at its highest severity unless another is given."""
+        return Finding(cls.code, cls.name, severity if severity is not None else cls.severity, message, help, **fields)
