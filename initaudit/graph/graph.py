@@ -18,14 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-
-@dataclass(frozen=True)
-class Location:
-    """Where an operator stands: the source line that called it, and the module path or the ONNX node's name."""
-
-    site: str = ""
-    file: str | None = None
-    line: int | None = None
+from initaudit.location import Location
 
 
 @dataclass(frozen=True)

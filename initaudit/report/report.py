@@ -51,8 +51,8 @@ class Layer:
 class ModelReport:
     """One audited model, or one that could not be read (`error` is then its line and everything else is empty).
 
-    `risk` has the keys symmetry, vanishing, exploding (0..1) and untrainable (a mapping with sgd and adam). `depth` is the second
-    moment of the signal and of its gradient at each weight in forward order (None where no probe ran).
+    `risk` has the keys symmetry, vanishing, exploding (0..1) and untrainable (a mapping with sgd and adam). `depth` is the
+    second moment of the signal and of its gradient at each weight in forward order (None where no probe ran).
     """
 
     source: str

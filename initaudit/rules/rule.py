@@ -1,7 +1,7 @@
 """What a rule is: one class in one file whose documentation, examples and message belong together.
 
-A rule is found by its folder (`initaudit/rules/ia*.py`), registered once, and judged by its own examples: `invalid` builds models
-that it must report, `valid` models that it must leave alone. Both are run by the tests and rendered on the rule's page.
+A rule is found by its folder (`initaudit/rules/ia*.py`), registered once, and judged by its own examples: `invalid` builds
+models that it must report, `valid` models that it must leave alone. Both are run by the tests and rendered on the rule's page.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from initaudit.graph.graph import Location
+from initaudit.location import NOWHERE, Location
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ class Finding:
     help: str
     tensor: str = ""
     site: str = ""
-    location: Location = Location()
+    location: Location = NOWHERE
     measured: float | None = None
     expected: float | None = None
     related: tuple[str, ...] = ()
