@@ -1,0 +1,221 @@
+"""A PyTorch module as a graph: torch.export, which brings module paths and source lines, or a trace by running."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from initaudit.errors import UnreadableModel
+from initaudit.graph.graph import Graph
+from initaudit.graph.lower import ConstantKind, Constants, Lowering
+
+_PREFIX = "inner."
+
+
+class _Flat(nn.Module):
+    """Calls the module and returns its floating-point outputs as one flat tuple, whatever object they came in.
+
+    Caches and other objects that hold tensors but are not outputs of the computation are left out.
+    """
+
+    def __init__(self, inner: nn.Module, keywords: Sequence[str]) -> None:
+        super().__init__()
+        self.inner, self.keywords = inner, tuple(keywords)
+
+    def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        split = len(args) - len(self.keywords)
+        result = self.inner(*args[:split], **dict(zip(self.keywords, args[split:], strict=True)))
+        found = tuple(_float_tensors(result))
+        if not found:
+            raise UnreadableModel(type(self.inner).__name__, "forward returned no floating-point tensor", "at least one")
+        return found
+
+
+def _float_tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _float_tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _float_tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for entry in dataclasses.fields(value):
+            yield from _float_tensors(getattr(value, entry.name))
+
+
+@contextlib.contextmanager
+def _as_found(module: nn.Module) -> Iterator[None]:
+    """Puts back what tracing may change: training flags, buffers, gradients, the random state, a config's cache switch."""
+    modes = [(m, m.training) for m in module.modules()]
+    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    config = getattr(module, "config", None)
+    cached = getattr(config, "use_cache", None)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if cached is True:
+                config.use_cache = False  # type: ignore[union-attr]
+            # The fused encoder layer hides the weights from the graph.
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        if cached is True:
+            config.use_cache = cached  # type: ignore[union-attr]
+        for m, training in modes:
+            m.training = training
+        with torch.no_grad():
+            for b, value in buffers:
+                b.copy_(value)
+
+
+def from_module(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any] | None = None) -> Graph:
+    """The graph of `module` called with `inputs` (nested structures of tensors are flattened to placeholders).
+
+    Dropout and other noise are off; norms with running statistics that training will replace by those of the batch use the
+    batch's (see `lower`). The module is traced as for evaluation, and as for training where only that reaches all parameters
+    (auxiliary heads). Raises UnreadableModel where forward cannot be run on these inputs.
+    """
+    keywords = keywords or {}
+    flat, _ = pytree.tree_flatten((tuple(inputs), dict(keywords)))
+    training = module.training
+    with _as_found(module):
+        module.eval()
+        graph = _trace(module, inputs, keywords, flat, training)
+        if graph.unused:
+            # An auxiliary head that only training uses is not an unused parameter.
+            module.train()
+            with contextlib.suppress(UnreadableModel):
+                second = _trace(module, inputs, keywords, flat, training)
+                graph = second if len(second.unused) < len(graph.unused) else graph
+    return graph
+
+
+def _trace(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any], flat: list[Any], training: bool) -> Graph:
+    wrapped = _Flat(module, list(keywords))
+    wrapped.training = module.training
+    args = (*inputs, *keywords.values())
+    constants = Constants(module)
+    notes: tuple[str, ...] = ()
+    try:
+        with _silent():
+            program = torch.export.export(wrapped, args, strict=False)
+    except UnreadableModel:
+        raise
+    except Exception as error:  # noqa: BLE001 - torch.export raises whatever the traced code raises; running it decides
+        traced = _by_running(wrapped, args, error)
+        of = _state_placeholders(traced, wrapped, constants)
+        notes = (f"torch.export could not trace this module ({_first_line(error)}); traced by running it instead",)
+    else:
+        traced = program.graph_module
+        of = _lifted_placeholders(program, constants)
+    lowering = Lowering(traced, constants, of, training=training)
+
+    def unused(read: Set[str]) -> list[str]:
+        reached = read | {tied for key in read if key in constants.found for tied in constants.found[key].tied}
+        return [name for name, p in module.named_parameters() if p.requires_grad and name not in reached]
+
+    examples = tuple(v for v in flat if isinstance(v, torch.Tensor))
+    return lowering.graph(_names(module, inputs, keywords), examples, notes, unused)
+
+
+def _lifted_placeholders(program: torch.export.ExportedProgram, constants: Constants) -> dict[str, str]:
+    """The constants behind the placeholders that torch.export lifted out of the module."""
+    signature, of = program.graph_signature, {}
+    held: Mapping[str, Any] = {**program.constants, **program.state_dict}
+    groups: tuple[tuple[Mapping[str, str], ConstantKind], ...] = (
+        (signature.inputs_to_parameters, "parameter"),
+        (signature.inputs_to_buffers, "buffer"),
+        (signature.inputs_to_lifted_tensor_constants, "literal"),
+    )
+    for group, kind in groups:
+        for placeholder, name in group.items():
+            of[placeholder] = constants.add(name.removeprefix(_PREFIX), kind, held[name])
+    return of
+
+
+def _state_placeholders(traced: fx.GraphModule, wrapped: nn.Module, constants: Constants) -> dict[str, str]:
+    """make_fx's first placeholders are the parameters and buffers, in the order in which they were given."""
+    state = {
+        **{n: ("parameter", p) for n, p in wrapped.named_parameters()},
+        **{n: ("buffer", b) for n, b in wrapped.named_buffers()},
+    }
+    places = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    of = {}
+    for place, (name, (kind, value)) in zip(places, state.items(), strict=False):
+        of[place.name] = constants.add(name.removeprefix(_PREFIX), "parameter" if kind == "parameter" else "buffer", value)
+    return of
+
+
+def _by_running(wrapped: nn.Module, args: tuple[Any, ...], cause: Exception) -> fx.GraphModule:
+    """A trace of the operators that one real call executes: data-dependent control flow takes the branch it takes."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    state = {**dict(wrapped.named_parameters()), **dict(wrapped.named_buffers())}
+
+    def call(state: dict[str, torch.Tensor], *tensors: Any) -> Any:
+        return torch.func.functional_call(wrapped, state, tensors)
+
+    try:
+        with _silent():
+            traced: fx.GraphModule = make_fx(call, pre_dispatch=True, tracing_mode="real", record_module_stack=True)(
+                state, *args
+            )
+            return traced
+    except UnreadableModel:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the traced code raises is the caller's to mend
+        name = type(wrapped.inner).__name__
+        raise UnreadableModel(
+            name, f"forward cannot be traced: {_first_line(error)}", advice="give example inputs that forward accepts"
+        ) from cause
+
+
+def _first_line(error: BaseException) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:160] if text else 'no message'}"
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """torch.export reports its difficulties through loggers and warnings; ours go into the report."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _names(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> list[str]:
+    """A name for every flat tensor input: the parameter of forward that it belongs to."""
+    try:
+        known = [
+            p.name
+            for p in inspect.signature(module.forward).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+    except (TypeError, ValueError):
+        known = []
+    names = []
+    entries = [(known[i] if i < len(known) else f"input_{i}", v) for i, v in enumerate(inputs)] + list(keywords.items())
+    for name, value in entries:
+        leaves = pytree.tree_leaves(value)
+        names += [name] if len(leaves) == 1 else [f"{name}.{i}" for i in range(len(leaves))]
+    return names
