@@ -1,0 +1,75 @@
+"""Values of parts of a graph: constants, and what a cluster of nodes makes of a given value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from initaudit.graph.graph import Graph
+
+
+class ConstantReader:
+    """Evaluates constant nodes when they are asked for; keeps small values only."""
+
+    _KEEP = 65536  # elements: scalars, scales and index tables are read again and again, weights once
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._kept: dict[fx.Node, Any] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of a constant node; its ancestors are evaluated in order, not by recursion."""
+        if node in self._kept:
+            return self._kept[node]
+        needed, stack = set[fx.Node](), [node]
+        while stack:
+            current = stack.pop()
+            if current not in needed and current not in self._kept:
+                needed.add(current)
+                stack.extend(current.all_input_nodes)
+        values: dict[fx.Node, Any] = {}
+        order = [n for n in self.graph.fx.nodes if n in needed] if len(needed) > 1 else [node]
+        for current in order:
+            value = self._one(current, values)
+            values[current] = value
+            if not isinstance(value, torch.Tensor) or value.numel() <= self._KEEP:
+                self._kept[current] = value
+        return values[node]
+
+    def _one(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return self.graph.constants[str(node.target)].value()
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n] if n in values else self._kept[n])
+        with torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def size(self, node: fx.Node) -> int | None:
+        """The number of elements of a constant node, from its recorded shape where there is one."""
+        shape = node.meta.get("shape")
+        if shape is None:
+            value = self.value(node)
+            return int(value.numel()) if isinstance(value, torch.Tensor) else None
+        return int(torch.Size(shape).numel())
+
+
+def run(nodes: Iterable[fx.Node], start: fx.Node, value: torch.Tensor, constants: ConstantReader) -> dict[fx.Node, Any]:
+    """The values that `nodes`, in graph order, make of `value` in place of `start`.
+
+    Every other input must be constant. In-place operators write to a copy. Raises what the operators raise.
+    """
+    values: dict[fx.Node, Any] = {start: value}
+
+    def read(node: fx.Node) -> Any:
+        return values[node] if node in values else constants.value(node)
+
+    with torch.no_grad():
+        for node in nodes:
+            args: Any
+            args, kwargs = fx.map_arg((node.args, node.kwargs), read)
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and args:
+                args = (args[0].clone(), *args[1:])
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values
