@@ -25,7 +25,7 @@ class Moments:
     """Moments of the finite values of a tensor.
 
     `count` values are finite; `mean` is theirs, and `m2`, `m3`, `m4` are the sums of the second, third and fourth powers of
-    their deviations from it (m4 is infinite where deviations exceed 1e75). `min` and `max` are of the finite values and NaN
+    their deviations from it (m4 leaves the range of float64 where these are beyond 1e75 or below 1e-75). `min` and `max` are of the finite values and NaN
     where there is none. `zeros` counts exact zeros (either sign); `nan` and `inf` count what was left out.
     """
 
@@ -115,16 +115,16 @@ def measure_block(block: np.ndarray[Any, Any], scratch: Scratch) -> Moments:
     """The moments of a one-dimensional `block` that is no longer than `scratch`."""
     if block.size == 0:
         return Moments()
-    return _measure_values(scratch.widen(block), block.dtype, scratch)
+    return measure_values(scratch.widen(block), block.dtype, scratch)
 
 
-def _measure_values(values: np.ndarray[Any, Any], stored: np.dtype[Any], scratch: Scratch) -> Moments:
+def measure_values(values: np.ndarray[Any, Any], stored: np.dtype[Any], scratch: Scratch) -> Moments:
     """The moments of float32 or float64 `values`; the pilot mean is rounded to `pilot_dtype`."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         finite = values[np.isfinite(values)]
         nan = int(np.count_nonzero(np.isnan(values)))
-        part = _measure_values(finite, stored, scratch) if finite.size else Moments()
+        part = measure_values(finite, stored, scratch) if finite.size else Moments()
         return replace(part, nan=nan, inf=values.size - finite.size - nan)
     zeros = 0
     if low <= 0 <= high:
