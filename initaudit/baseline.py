@@ -1,0 +1,141 @@
+"""Accepted findings: a file that says which findings are known, so that only new ones fail.
+
+An entry is found again by its fingerprint; failing that, by its rule and a tensor whose name only gained or lost a prefix
+("module.", "model.") that every other renamed entry gained or lost as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from initaudit.errors import UsageError
+from initaudit.report.as_json import dump
+from initaudit.report.report import ModelReport, Report
+from initaudit.report.style import escape
+from initaudit.report.summary import fingerprints, relative
+from initaudit.report.write import write_whole
+from initaudit.rules.rule import Finding
+
+DEFAULT_FILE = "initaudit-baseline.json"
+SCHEMA = "initaudit-baseline/1"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One accepted finding; `date` is ISO 8601, the day on which it was accepted."""
+
+    fingerprint: str
+    source: str
+    code: str
+    tensor: str
+    site: str
+    reason: str
+    date: str
+
+    @property
+    def line(self) -> str:
+        """For a list in the terminal."""
+        return escape(f"{self.code} {self.tensor} in {self.source}" + (f" (accepted: {self.reason})" if self.reason else ""))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The accepted findings."""
+
+    entries: tuple[Entry, ...] = ()
+
+    def without_accepted(self, report: Report) -> Report:
+        """The report with new findings only. The verdict stays what it is: what is accepted is not thereby healthy."""
+        models = []
+        for model in report.models:
+            known = {id(finding) for finding, _ in self._matched(model)}
+            models.append(dataclasses.replace(model, findings=tuple(f for f in model.findings if id(f) not in known)))
+        return dataclasses.replace(report, models=tuple(models))
+
+    def vanished(self, report: Report) -> tuple[Entry, ...]:
+        """Entries about the audited models that no finding matches any more; those of models not read stay."""
+        audited = {relative(model.source) for model in report.models if model.error is None}
+        matched = {entry for model in report.models for _, entry in self._matched(model)}
+        return tuple(entry for entry in self.entries if entry.source in audited and entry not in matched)
+
+    def accept(self, report: Report, reason: str, today: datetime.date | None = None) -> Baseline:
+        """With every finding of the report; entries that match keep their reason and date, vanished ones stay until pruned."""
+        date = (today if today is not None else datetime.date.today()).isoformat()
+        entries = {entry.fingerprint: entry for entry in self.entries}
+        for model in report.models:
+            matched = {id(finding): entry for finding, entry in self._matched(model)}
+            for finding, mark in fingerprints(model):
+                old = matched.get(id(finding))
+                if old is not None:
+                    entries.pop(old.fingerprint)
+                kept = (old.reason, old.date) if old is not None else (reason, date)
+                entries[mark] = Entry(mark, relative(model.source), finding.code, finding.tensor, finding.site, *kept)
+        return Baseline(tuple(entries.values()))
+
+    def without(self, gone: Iterable[Entry]) -> Baseline:
+        """Without these entries."""
+        dropped = set(gone)
+        return Baseline(tuple(entry for entry in self.entries if entry not in dropped))
+
+    def write(self, file: Path) -> None:
+        """Writes the file, sorted so that a diff shows what changed."""
+        entries = sorted(self.entries, key=lambda e: (e.source, e.code, e.tensor, e.site, e.fingerprint))
+        write_whole(
+            file, dump({"schema": SCHEMA, "findings": [dataclasses.asdict(entry) for entry in entries]}, indent=2) + "\n"
+        )
+
+    def _matched(self, model: ModelReport) -> list[tuple[Finding, Entry]]:
+        entries = {entry.fingerprint: entry for entry in self.entries}
+        marks = fingerprints(model)
+        pairs = [(finding, entries[mark]) for finding, mark in marks if mark in entries]
+        taken = {entry.fingerprint for _, entry in pairs}
+        source = relative(model.source)
+        left = [entry for entry in self.entries if entry.source == source and entry.fingerprint not in taken]
+        return pairs + _renamed([finding for finding, mark in marks if mark not in entries], left)
+
+
+def read_baseline(file: Path, *, must_exist: bool = True) -> Baseline:
+    """The baseline in a file; raises `UsageError` where it is none, or is absent and must not be."""
+    if not file.exists() and not must_exist:
+        return Baseline()
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["schema"] != SCHEMA:
+            raise UsageError(str(file), f"schema {found['schema']!r}", SCHEMA)
+        return Baseline(tuple(Entry(**entry) for entry in found["findings"]))
+    except OSError as error:
+        advice = "`initaudit baseline write` makes it"
+        raise UsageError(f"baseline {file}", error.strerror or type(error).__name__, advice=advice) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"baseline {file}", "not a baseline", "a file made by `initaudit baseline write`") from error
+
+
+def _renamed(findings: Sequence[Finding], entries: Sequence[Entry]) -> list[tuple[Finding, Entry]]:
+    """Pairs of the same rule whose tensors differ by the one prefix that explains most of them."""
+    found = [(f, e, _prefix(f.tensor, e.tensor)) for f in findings for e in entries if f.code == e.code]
+    votes = Counter(prefix for _, _, prefix in found if prefix is not None)
+    if not votes:
+        return []
+    best = min(votes, key=lambda prefix: (-votes[prefix], prefix))
+    pairs: list[tuple[Finding, Entry]] = []
+    used: set[int] = set()
+    for finding, entry, prefix in found:
+        if prefix == best and id(finding) not in used and id(entry) not in used:
+            used |= {id(finding), id(entry)}
+            pairs.append((finding, entry))
+    return pairs
+
+
+def _prefix(new: str, old: str) -> tuple[str, str] | None:
+    """What was put before the old name, or taken from it; a whole part of a dotted or slashed name, or nothing."""
+    for sign, longer, shorter in (("+", new, old), ("-", old, new)):
+        head = longer.removesuffix(shorter)
+        if shorter and head != longer and head.endswith((".", "/")):
+            return sign, head
+    return None

@@ -1,0 +1,361 @@
+"""The command line: the one place that prints and decides the exit status. What it needs it imports when it needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from initaudit import __version__
+from initaudit.errors import InitauditError
+from initaudit.options import config_from, config_options, outputs
+
+if TYPE_CHECKING:
+    from initaudit.baseline import Baseline
+    from initaudit.config import Config
+    from initaudit.report.report import Report
+    from initaudit.report.style import Style
+
+HELP = """\
+Usage: initaudit [OPTIONS] MODEL [MODEL ...]
+       initaudit COMMAND [ARGS]
+
+Can this network, as it is initialised, learn? Is this checkpoint sound?
+MODEL is a file (.onnx, .safetensors, .pt ...), a folder, package.module:callable or a URL.
+
+Examples:
+  initaudit model.onnx                            audit a file
+  initaudit mypackage.models:Net                  audit a module as it is initialised
+  initaudit mypackage.models:Net --input x=8x3x32x32:float32
+  initaudit checkpoints/ --phase trained          audit every model of a folder
+  initaudit model.onnx --format text --format sarif:out.sarif
+  initaudit explain IA301                         what a rule means and what to do
+
+Commands:
+  rules        list the rules                     baseline    accept what there is, fail on what is new
+  explain      the page of a rule                 compare     what differs between two models
+  config       the configuration in force         completion  a shell's completion script
+
+Options used most (all of them: initaudit audit --help):
+  --select CODES, --ignore CODES    rules by code or prefix: IA2, IA301
+  --strict, --fail-on LEVEL         what gives status 1: error, warning, info, never
+  --phase auto|init|trained         judge as fresh or as trained weights
+  --input NAME=SPEC, --data FILE    what the probe feeds the model
+  --no-probe                        look at the weights only
+  --format NAME[:FILE]              text concise grouped json jsonl sarif github gitlab junit markdown html
+  --output FILE                     write the report there
+  --verbose, --quiet, --statistics  more, less, counts
+  --version, --help
+
+Exit status: 0 nothing at the failing level, 1 findings at it, 2 usage error or a model that cannot be read.
+"""
+SHELLS = ("bash", "zsh", "fish")
+
+
+class Front(click.Group):
+    """A group whose first argument may be a model: what is no command is an audit."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {"--help", "--version"}
+        if (not args or (args[0] not in self.commands and args[0] not in own)) and not ctx.resilient_parsing:
+            args = ["audit", *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(HELP)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        from click.shell_completion import CompletionItem
+
+        if incomplete.startswith("-"):
+            return self.commands["audit"].shell_complete(click.Context(self.commands["audit"]), incomplete)
+        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="file")]
+
+
+@click.group(cls=Front, context_settings={"help_option_names": ["--help"]})
+@click.version_option(__version__, prog_name="initaudit", message="%(prog)s %(version)s")
+def cli() -> None:
+    """The linter for the weights of neural networks."""
+
+
+@cli.command()
+@click.argument("models", nargs=-1, type=click.Path())
+@click.option("--format", "formats", multiple=True, metavar="NAME[:FILE]", help="The form of the report; repeatable.")
+@click.option("--output", "-o", type=click.Path(), metavar="FILE", help="Write the report there, not to the terminal.")
+@click.option("--exit-zero", is_flag=True, help="Status 0 whatever is found.")
+@click.option("--quiet", "-q", is_flag=True, help="Findings only.")
+@click.option("--verbose", "-v", is_flag=True, help="Every weight, every note, every name.")
+@click.option("--show-healthy", is_flag=True, help="Do not fold healthy weights that look alike.")
+@click.option("--statistics", is_flag=True, help="How often each rule fired.")
+@click.option("--watch", is_flag=True, help="Audit again whenever a file changes.")
+@config_options
+@click.pass_context
+def audit(ctx: click.Context, /, models: tuple[str, ...], formats: tuple[str, ...], output: str | None, **flags: Any) -> None:
+    """Audit MODELS: files, folders, package.module:callable, URLs, or names of the configuration."""
+    from initaudit.rules.selection import check_config
+    from initaudit.session import exit_status
+
+    config = config_from(ctx)
+    models = models if models else tuple(config.models)
+    if not models:
+        raise click.UsageError("no MODEL given; `initaudit --help` shows examples")
+    check_config(config)
+    targets = outputs(formats, output, tuple(config.for_model(model)[0] for model in models))
+    if flags["watch"]:
+        ctx.exit(_watch(tuple(config.for_model(model)[0] for model in models)))
+    report = _audit(models, config, verbose=flags["verbose"])
+    if config.baseline is not None:
+        from initaudit.baseline import read_baseline
+
+        report = read_baseline(Path(config.baseline)).without_accepted(report)
+    _deliver(report, targets, **{name: flags[name] for name in ("quiet", "verbose", "show_healthy", "statistics")})
+    ctx.exit(exit_status(report, config, exit_zero=flags["exit_zero"]))
+
+
+@cli.command()
+@click.option("--format", "form", type=click.Choice(("text", "json")), default="text")
+def rules(form: str) -> None:
+    """List the rules."""
+    from initaudit.rules import all_rules
+
+    if form == "json":
+        from initaudit.report.as_json import dump
+
+        fields = ("code", "name", "severity", "phase", "summary")
+        _print(dump([{name: getattr(rule, name) for name in fields} for rule in all_rules()], indent=2))
+        return
+    from initaudit.report.pages import rule_table
+
+    _print(rule_table(all_rules(), _style().width))
+
+
+@cli.command()
+@click.argument("code")
+def explain(code: str) -> None:
+    """Show the page of the rule CODE (a code or a name)."""
+    from initaudit.report.pages import terminal_page
+    from initaudit.rules import rule
+
+    _print(terminal_page(rule(code), _style()))
+
+
+@cli.command()
+@config_options
+@click.pass_context
+def config(ctx: click.Context, /, **_: Any) -> None:
+    """Show the configuration in force and where each value comes from."""
+    from initaudit.report.pages import config_table
+    from initaudit.rules.selection import check_config
+
+    found = config_from(ctx)
+    check_config(found)
+    _print(config_table(found))
+
+
+@cli.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("--format", "form", type=click.Choice(("text", "json")), default="text")
+@config_options
+@click.pass_context
+def compare(ctx: click.Context, /, first: str, second: str, form: str, **_: Any) -> None:
+    """Show what differs between two models. Status 1 where SECOND has findings at the failing level that FIRST has not."""
+    from initaudit.report.as_json import dump
+    from initaudit.report.comparison import compare_models, comparison_dict, comparison_text
+    from initaudit.session import FINDINGS, UNUSABLE
+
+    found = config_from(ctx)
+    report = _audit((first, second), found)
+    if any(model.error is not None for model in report.models):
+        ctx.exit(UNUSABLE)
+    result = compare_models(*report.models)
+    style = _style()
+    _print(dump(comparison_dict(result), indent=2) if form == "json" else style.finish(comparison_text(result, style)))
+    ctx.exit(FINDINGS if any(f.severity in found.failing for f in result.appeared) else 0)
+
+
+@cli.group()
+def baseline() -> None:
+    """Accept the findings that there are; fail only on new ones."""
+
+
+@baseline.command("write")
+@click.argument("models", nargs=-1, required=True)
+@click.option("--reason", default="", help="Why they are accepted.")
+@config_options
+@click.pass_context
+def baseline_write(ctx: click.Context, /, models: tuple[str, ...], reason: str, **_: Any) -> None:
+    """Accept every finding of MODELS; reasons and dates of those accepted before are kept."""
+    from initaudit.session import exit_status
+
+    file, known, report, found = _baseline_run(ctx, models, must_exist=False)
+    updated = known.accept(report, reason)
+    updated.write(file)
+    new = len(set(updated.entries) - set(known.entries))
+    _print(f"{file}: {len(updated.entries)} accepted, {new} of them new")
+    ctx.exit(exit_status(report, found, exit_zero=True))
+
+
+@baseline.command("check")
+@click.argument("models", nargs=-1, required=True)
+@config_options
+@click.pass_context
+def baseline_check(ctx: click.Context, /, models: tuple[str, ...], **_: Any) -> None:
+    """Report only what is new; name what has gone."""
+    from initaudit.session import exit_status
+
+    _file, known, report, found = _baseline_run(ctx, models)
+    fresh = known.without_accepted(report)
+    _deliver(fresh, [("concise", None)])
+    for entry in known.vanished(report):
+        _print(f"gone: {entry.line}")
+    ctx.exit(exit_status(fresh, found))
+
+
+@baseline.command("prune")
+@click.argument("models", nargs=-1, required=True)
+@config_options
+@click.pass_context
+def baseline_prune(ctx: click.Context, /, models: tuple[str, ...], **_: Any) -> None:
+    """Forget accepted findings that MODELS no longer have."""
+    from initaudit.session import exit_status
+
+    file, known, report, found = _baseline_run(ctx, models)
+    gone = known.vanished(report)
+    known.without(gone).write(file)
+    _print(f"{file}: {len(known.entries) - len(gone)} accepted, {len(gone)} forgotten")
+    ctx.exit(exit_status(report, found, exit_zero=True))
+
+
+def _baseline_run(
+    ctx: click.Context, /, models: tuple[str, ...], *, must_exist: bool = True
+) -> tuple[Path, Baseline, Report, Config]:
+    from initaudit.baseline import DEFAULT_FILE, read_baseline
+    from initaudit.rules.selection import check_config
+
+    found = config_from(ctx)
+    check_config(found)
+    file = Path(found.baseline if found.baseline is not None else DEFAULT_FILE)
+    known = read_baseline(file, must_exist=must_exist)
+    return file, known, _audit(models, found), found
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print the completion script for SHELL: eval "$(initaudit completion bash)"."""
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None, "click completes bash, zsh and fish"
+    _print(kind(cli, {}, "initaudit", "_INITAUDIT_COMPLETE").source())
+
+
+def _audit(models: tuple[str, ...], config: Config, *, verbose: bool = False) -> Report:
+    """The report, with progress on stderr and there one line for each model that could not be read."""
+    import time
+    import warnings
+    from dataclasses import replace
+
+    from initaudit.progress import Progress
+    from initaudit.session import audit_all
+
+    began = time.monotonic()
+    with Progress() as progress, warnings.catch_warnings():
+        if not verbose:
+            # What a library says to its own callers is no finding about the model.
+            warnings.simplefilter("ignore")
+        report = audit_all(models, config, progress, tuple(cli.commands))
+    for model in report.models:
+        if model.error is not None:
+            _complain(model.error)
+    return replace(report, seconds=time.monotonic() - began)
+
+
+def _deliver(report: Report, targets: Sequence[tuple[str, Path | None]], **flags: bool) -> None:
+    from dataclasses import replace
+
+    from initaudit.report import format_named
+    from initaudit.report.write import write_whole
+
+    style = replace(_style(), **flags)
+    for name, file in targets:
+        if file is None:
+            _print(format_named(name).render(report, style), newline=False)
+        else:
+            write_whole(file, format_named(name).render(report, replace(style, colour=False, unicode=True, width=100)))
+
+
+def _style() -> Style:
+    """As wide as the terminal, 80 to 160 columns, and 100 where there is none; colours as NO_COLOR and FORCE_COLOR say."""
+    import shutil
+
+    from initaudit.report.style import Style
+
+    terminal = sys.stdout.isatty()
+    width = min(160, max(80, shutil.get_terminal_size().columns)) if terminal else 100
+    colour = terminal and os.environ.get("TERM") != "dumb"
+    if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
+        colour = True
+    if os.environ.get("NO_COLOR"):
+        colour = False
+    return Style(width=width, colour=colour, unicode="utf" in (sys.stdout.encoding or "").lower())
+
+
+def _print(text: str, *, newline: bool = True) -> None:
+    """Writes to stdout. Where its reader has gone away (`| head`), the rest goes nowhere and the exit status stays."""
+    try:
+        click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"), nl=newline, color=True)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would fail again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeEncodeError:
+        sys.stdout.write(text.encode("ascii", "backslashreplace").decode("ascii") + ("\n" if newline else ""))
+
+
+def _complain(line: str) -> None:
+    from initaudit.report.style import escape
+
+    click.echo(f"initaudit: error: {escape(line)}", err=True)
+
+
+def _watch(sources: tuple[str, ...]) -> int:
+    """Runs the same command without --watch, in a process of its own so that changed code is imported anew, for ever."""
+    import subprocess
+    import time
+
+    from initaudit.session import stamps
+
+    command = [sys.executable, "-m", "initaudit", *(a for a in sys.argv[1:] if a != "--watch")]
+    while True:
+        seen = stamps(sources)
+        subprocess.run(command, check=False)
+        click.echo("watching for changes; Ctrl-C ends", err=True)
+        while stamps(sources) == seen:
+            time.sleep(0.3)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command line on these arguments and returns the exit status; everything that goes wrong is a line on stderr."""
+    try:
+        status = cli.main(list(arguments), prog_name="initaudit", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except InitauditError as error:
+        _complain(str(error))
+        return 2
+    except Exception:  # noqa: BLE001 - a fault of ours must not end as status 1, which says "findings"
+        import traceback
+
+        traceback.print_exc()
+        _complain("an internal error, not a finding about the model; please report it with the lines above")
+        return 2

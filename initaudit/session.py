@@ -1,0 +1,105 @@
+"""One run over several models: which are audited with what, in how many processes, and the exit status."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from initaudit import __version__
+from initaudit.config import Config
+from initaudit.report.report import ModelReport, Report
+from initaudit.suggest import did_you_mean
+
+FINE, FINDINGS, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+
+
+def audit_all(sources: Sequence[str], config: Config, progress: Callable[[str], None], commands: Sequence[str]) -> Report:
+    """The report on every source, in their order; one that cannot be read has its `error` set, the others are audited."""
+    from initaudit.rules.selection import in_force
+
+    jobs = [config.for_model(source) for source in sources]
+    if config.jobs > 1 and len(jobs) > 1:
+        models = list(_side_by_side(jobs, min(config.jobs, len(jobs))))
+    else:
+        models = [audit_one(source, its, progress) for source, its in jobs]
+    done = []
+    for model, (_, its), given in zip(models, jobs, sources, strict=True):
+        if model.error is not None:
+            done.append(dataclasses.replace(model, error=with_hint(model.error, given, (*commands, *config.models))))
+        else:
+            done.append(dataclasses.replace(model, findings=in_force(model.findings, its)))
+    return Report(tuple(done), __version__)
+
+
+def audit_one(source: str, config: Config, progress: Callable[[str], None] | None = None) -> ModelReport:
+    """One model; a function of this module so that another process can be told to run it."""
+    from initaudit.audit import run_one
+
+    return run_one(source, config, progress)
+
+
+def _side_by_side(jobs: Sequence[tuple[str, Config]], workers: int) -> Iterator[ModelReport]:
+    # Each process would otherwise start as many threads as there are cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    # A forked child of a process in which torch has started threads can hang.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            yield from pool.map(audit_one, *zip(*jobs, strict=True))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def with_hint(error: str, given: str, names: Sequence[str]) -> str:
+    """The line about an unreadable model, with the nearest file, command or configured name where the path does not exist."""
+    path = Path(given)
+    if "://" in given or path.exists() or "did you mean" in error:
+        return error
+    try:
+        beside = [str(path.parent / entry) for entry in os.listdir(path.parent)] if path.parent.is_dir() else []
+    except OSError:
+        beside = []
+    hint = did_you_mean(str(path), (*names, *beside))
+    return f"{error}; {hint}" if hint else error
+
+
+def exit_status(report: Report, config: Config, *, exit_zero: bool = False) -> int:
+    """2 where a model could not be read, else 1 where a finding is at the failing level (never with `exit_zero`), else 0."""
+    if any(model.error is not None for model in report.models):
+        return UNUSABLE
+    failing = any(f.severity in config.failing for model in report.models for f in model.findings)
+    return FINDINGS if failing and not exit_zero else FINE
+
+
+def stamps(sources: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Modification time and size of every file that the sources are made of; a change of them means another audit."""
+    found: dict[str, tuple[int, int]] = {}
+    for source in sources:
+        for path in _files(source):
+            try:
+                state = path.stat()
+            except OSError:
+                continue
+            found[str(path)] = (state.st_mtime_ns, state.st_size)
+    return found
+
+
+def _files(source: str) -> Iterator[Path]:
+    path = Path(source)
+    if path.is_dir():
+        yield from (p for p in path.rglob("*") if p.is_file())
+    elif path.exists():
+        yield path
+        # External data of an ONNX file and the like lie beside it under its name.
+        yield from path.parent.glob(f"{path.name}*")
+    elif ":" in source and "://" not in source:
+        # An importable name: the files of its top package, without importing anything.
+        top = Path(source.partition(":")[0].partition(".")[0])
+        if top.is_dir():
+            yield from top.rglob("*.py")
+        elif top.with_suffix(".py").exists():
+            yield top.with_suffix(".py")
