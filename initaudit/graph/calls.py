@@ -14,6 +14,8 @@ from torch import fx
 
 from initaudit.graph.aten import aten_role
 from initaudit.graph.graph import shape_of
+from initaudit.graph.onnx_bodies import ControlCall, SchemaCall
+from initaudit.graph.unknown import Unknown
 from initaudit.onnx_ops import registry
 from initaudit.roles import Operand, Role, WeightUse
 
@@ -36,6 +38,12 @@ def _role(target: Any) -> Role:
         return aten_role(target)
     if target is operator.getitem:
         return _GETITEM
+    if isinstance(target, (Unknown, SchemaCall)) or not callable(target):
+        return _OPAQUE
+    if isinstance(target, ControlCall):
+        return target.operator.role
+    if getattr(target, "__name__", "") == "_getitem":
+        return Role("passthrough", "getitem", ("values",))
     if callable(target):
         return registry.role_of(target)
     return _OPAQUE
@@ -53,6 +61,8 @@ def _parameters(target: Callable[..., Any]) -> tuple[tuple[str, ...], str | None
         return tuple(a.name for a in target._schema.arguments), None
     if target is operator.getitem:
         return ("a", "b"), None
+    if isinstance(target, (Unknown, SchemaCall, ControlCall)):
+        return (), "inputs"
     names, variadic = [], None
     for parameter in inspect.signature(target).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:

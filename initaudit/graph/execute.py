@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from initaudit.graph.graph import Graph
+from initaudit.errors import InitauditError
+from initaudit.graph.calls import role_of
+from initaudit.graph.graph import Constant, Graph
 
 
 class Executor(fx.Interpreter):
@@ -31,9 +34,17 @@ class Executor(fx.Interpreter):
             value = value.to(self.device)
         return value.clone() if constant.kind == "buffer" else value
 
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value; None for what lies downstream of an operator that is not known."""
+        return None if n.meta.get("tainted") else super().run_node(n)
+
 
 class _MetaExecutor(Executor):
     """Runs on the meta device: floating-point data has a shape only, integers about shapes stay real and on the host."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph)
+        self.host: dict[fx.Node, torch.Tensor] = {}
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         constant = self.source.constants[str(target)]
@@ -44,6 +55,8 @@ class _MetaExecutor(Executor):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         note_shape(n, result)
+        if isinstance(result, torch.Tensor) and result.device.type == "cpu" and not result.is_floating_point():
+            self.host[n] = result
         return result
 
 
@@ -55,20 +68,65 @@ def note_shape(node: fx.Node, value: Any) -> None:
         node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
 
 
-def infer_shapes(graph: Graph, inputs: Sequence[torch.Tensor]) -> str | None:
-    """Fills in the shape of every node by a run on the meta device, which costs no arithmetic.
+def specialise(graph: Graph, inputs: Sequence[torch.Tensor]) -> Graph:
+    """`graph` for inputs of these shapes: the shape of every node filled in, integers about shapes written as constants.
 
-    Returns None, or why the shapes downstream of some node depend on data (they are then left unknown).
+    The run takes place on the meta device, which costs no arithmetic. Where it ends early, because a shape depends on data or
+    an operator has no meta kernel, a note says so and the shapes downstream are left unknown.
     """
     runner = _MetaExecutor(graph)
     flat = [i.to("meta") if i.is_floating_point() else i for i in inputs]
-    with torch.no_grad(), contextlib.suppress(StopIteration):
+    notes = graph.notes
+    with torch.no_grad():
         try:
             runner.run(*flat)
-        except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-            # Operators without a meta kernel and data-dependent shapes end the run; nothing is guessed downstream of them.
-            return " ".join(str(error).split("\n")[0].split())
-    return None
+        except (InitauditError, RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+            first = " ".join(str(error).split("\n")[0].split())
+            notes = (*notes, f"shapes are known only in part: {first[:200]}")
+    constants = {**graph.constants, **_host_constants(graph.fx, runner.host)}
+    return dataclasses.replace(graph, constants=constants, notes=notes, examples=tuple(inputs))
+
+
+def _host_constants(graph: fx.Graph, values: Mapping[fx.Node, torch.Tensor]) -> dict[str, Constant]:
+    """Replaces the nodes that compute integers from nothing but shapes and constants by those integers."""
+    hosted: set[fx.Node] = set()
+    made: dict[str, Constant] = {}
+    for node in graph.nodes:
+        is_call = node.op == "call_function"
+        from_hosted = is_call and bool(node.all_input_nodes) and all(i in hosted for i in node.all_input_nodes)
+        if node.op == "get_attr" or from_hosted or (is_call and role_of(node).kind == "shape"):
+            hosted.add(node)
+    for node in list(graph.nodes):
+        value = values.get(node)
+        if node not in hosted or value is None or node.op != "call_function":
+            continue
+        outside = any(user not in hosted or values.get(user) is None for user in node.users)
+        if not outside or not _reads_shapes(node):
+            continue
+        key = f"shape of {node.name}"
+        made[key] = Constant(key, "literal", tuple(value.shape), value.dtype, value.detach, trainable=False)
+        with graph.inserting_before(node):
+            constant = graph.create_node("get_attr", key)
+        constant.meta.update(shape=tuple(value.shape), dtype=value.dtype, location=node.meta.get("location"))
+        node.replace_all_uses_with(constant)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node in hosted:
+            graph.erase_node(node)
+    return made
+
+
+def _reads_shapes(node: fx.Node) -> bool:
+    """Whether a shape of something takes part in the value of `node`."""
+    seen, stack = set[fx.Node](), [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op == "call_function" and role_of(current).kind == "shape":
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from initaudit.graph.calls import role_of
+from initaudit.graph.calls import role_of, signal_inputs
 from initaudit.graph.graph import shape_of
 from initaudit.pair.activation import LINEAR, Activation, recognise
 from initaudit.pair.evaluate import ConstantReader, run
@@ -82,7 +82,8 @@ def pointwise_cluster(start: fx.Node, constant: Set[fx.Node], constants: Constan
     for node in _followers(start):
         if not _elementwise(node):
             continue
-        if all(i in inside or (i in constant and constants.size(i) == 1) for i in node.all_input_nodes):
+        carried = any(i in inside for i in signal_inputs(node))
+        if carried and all(i in inside or (i in constant and constants.size(i) == 1) for i in node.all_input_nodes):
             inside.add(node)
             order.append(node)
     return Cluster(start, tuple(order), constants)

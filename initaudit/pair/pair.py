@@ -18,15 +18,18 @@ from initaudit.pair.activation import CATALOGUE, Activation
 from initaudit.pair.evaluate import ConstantReader
 from initaudit.pair.walk import Feeds, Walker
 
+# The two doors' names for one thing.
+_OPERATORS = {"gemm": "linear", "matmul": "linear", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
+
 
 @dataclass(frozen=True)
 class Pair:
     """A weight at one place of use.
 
-    `tensor` is the name of the weight, `site` where it is used, `node` the name of the consuming node and `value` that of the
-    node whose value it consumes. `shape` and `axes` are those of the tensor as stored (then `stored`); where the stored tensor was
-    computed with, those of the value used. `provenance` lists what lies between the stored tensor and its use, `constants` every
-    stored tensor that takes part. `fan_in` and `fan_out` are counted from axis data (see `roles.WeightUse.fans`).
+    `tensor` is the name of the weight, `site` where it is used, `node` the name of the consuming node and `value` that of
+    the node whose value it consumes. `shape` and `axes` are those of the tensor as stored (then `stored`); where the stored
+    tensor was computed with, those of the value used. `provenance` lists what lies between the stored tensor and its use,
+    `constants` every stored tensor that takes part. `fan_in` and `fan_out` are counted from axis data (see `roles.WeightUse.fans`).
     """
 
     tensor: str
@@ -86,7 +89,7 @@ def _pair(graph: Graph, use: Use, constant: Set[fx.Node], walker: Walker) -> Pai
         site=location.site or use.node.name,
         node=use.node.name,
         value=use.weight.name,
-        operator=use.use.operator,
+        operator=_OPERATORS.get(use.use.operator, use.use.operator),
         role=role_of(use.node).kind if "v" not in axes else "embedding",
         shape=shape,
         axes=axes,
@@ -188,11 +191,22 @@ def _permutation(view: torch.Tensor, stored: torch.Tensor) -> list[int] | None:
 
 def _feeds(use: Use, walker: Walker) -> tuple[Feeds, ...]:
     if role_of(use.node).kind == "recurrent":
-        return tuple(Feeds(a, ("gate " + gate,), use.node.name) for gate, a in _gate_activations(use).items())
+        return tuple(Feeds(a, (f"{_GATE_NAMES[gate]} gate",), use.node.name) for gate, a in _gate_activations(use).items())
     return walker.feeds(use.node)
 
 
 # torch.nn.LSTM, GRU and RNN; ONNX gives the same by default and names others in its attribute.
+_GATE_NAMES = {
+    "i": "input",
+    "f": "forget",
+    "o": "output",
+    "g": "cell",
+    "c": "cell",
+    "r": "reset",
+    "z": "update",
+    "n": "new",
+    "h": "new",
+}
 _GATES = {"i": "sigmoid", "f": "sigmoid", "o": "sigmoid", "g": "tanh", "c": "tanh", "r": "sigmoid", "z": "sigmoid", "n": "tanh"}
 
 
