@@ -25,8 +25,8 @@ class Moments:
     """Moments of the finite values of a tensor.
 
     `count` values are finite; `mean` is theirs, and `m2`, `m3`, `m4` are the sums of the second, third and fourth powers of
-    their deviations from it (m4 leaves the range of float64 where these are beyond 1e75 or below 1e-75). `min` and `max` are of the finite values and NaN
-    where there is none. `zeros` counts exact zeros (either sign); `nan` and `inf` count what was left out.
+    their deviations from it (m4 leaves the range of float64 where these are beyond 1e75 or below 1e-75). `min` and `max` are
+    of the finite values, NaN where there is none. `zeros` counts exact zeros (either sign); `nan` and `inf` what was left out.
     """
 
     count: int = 0
