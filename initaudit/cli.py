@@ -112,7 +112,7 @@ def audit(ctx: click.Context, /, models: tuple[str, ...], formats: tuple[str, ..
         from initaudit.baseline import read_baseline
 
         report = read_baseline(Path(config.baseline)).without_accepted(report)
-    _deliver(report, targets, **{name: flags[name] for name in ("quiet", "verbose", "show_healthy", "statistics")})
+    _deliver(report, targets, config, **{name: flags[name] for name in ("quiet", "verbose", "show_healthy", "statistics")})
     ctx.exit(exit_status(report, config, exit_zero=flags["exit_zero"]))
 
 
@@ -210,7 +210,7 @@ def baseline_check(ctx: click.Context, /, models: tuple[str, ...], **_: Any) -> 
 
     _file, known, report, found = _baseline_run(ctx, models)
     fresh = known.without_accepted(report)
-    _deliver(fresh, [("concise", None)])
+    _deliver(fresh, [("concise", None)], found)
     for entry in known.vanished(report):
         _print(f"gone: {entry.line}")
     ctx.exit(exit_status(fresh, found))
@@ -276,13 +276,13 @@ def _audit(models: tuple[str, ...], config: Config, *, verbose: bool = False) ->
     return replace(report, seconds=time.monotonic() - began)
 
 
-def _deliver(report: Report, targets: Sequence[tuple[str, Path | None]], **flags: bool) -> None:
+def _deliver(report: Report, targets: Sequence[tuple[str, Path | None]], config: Config, **flags: bool) -> None:
     from dataclasses import replace
 
     from initaudit.report import format_named
     from initaudit.report.write import write_whole
 
-    style = replace(_style(), **flags)
+    style = replace(_style(), failing=config.failing, **flags)
     for name, file in targets:
         if file is None:
             _print(format_named(name).render(report, style), newline=False)

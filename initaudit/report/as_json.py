@@ -23,13 +23,17 @@ def render(report: Report, style: Style) -> str:
 
 def dump(value: Any, indent: int | None = None) -> str:
     """JSON in ASCII: every control character inside a string is escaped, and numbers are finite or null."""
-    # json leaves DEL as it is, which some terminals obey.
-    return json.dumps(finite(value), indent=indent, ensure_ascii=True, allow_nan=False).replace("\x7f", "\\u007f")
+    text = json.dumps(finite(value), indent=indent, ensure_ascii=True, allow_nan=False)
+    # json leaves DEL as it is, which some terminals obey, and a CI runner obeys "##[command]" wherever it stands in its log.
+    return text.replace("\x7f", "\\u007f").replace("##", "#\\u0023")
 
 
 def finite(value: Any) -> Any:
     """The value with null for numbers that JSON cannot hold, and arrays and tuples as lists."""
-    if isinstance(value, str | bool) or value is None:
+    if isinstance(value, str):
+        # An unpaired surrogate is no Unicode, and other languages' parsers refuse the whole document.
+        return value if value.isprintable() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, Mapping):
         return {str(key): finite(part) for key, part in value.items()}

@@ -47,9 +47,8 @@ def config_table(config: Config) -> str:
             continue
         value = escape(toml(getattr(config, field.name)))
         rows.append([key_of(field.name), value, config.origin.get(field.name, "default")])
-    return tabulate(
-        rows, headers=["key", "value", "from"], tablefmt="plain", disable_numparse=True, maxcolwidths=[None, 60, None]
-    )
+    heads = ["key", "value", "from"]
+    return str(tabulate(rows, headers=heads, tablefmt="plain", disable_numparse=True, maxcolwidths=[None, 60, None]))
 
 
 def toml(value: Any) -> str:

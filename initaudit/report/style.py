@@ -14,7 +14,11 @@ _ASCII = str.maketrans("✗✓·×–…→▁▂▃▄▅▆▇█", "xv.x-.>_.
 
 @dataclass(frozen=True)
 class Style:
-    """How a report is to look. `width` is in columns; `unicode` is false where the terminal cannot show more than ASCII."""
+    """How a report is to look.
+
+    `width` is in columns; `unicode` is false where the terminal cannot show more than ASCII; `failing` are the severities that
+    fail the run, for formats that say so.
+    """
 
     width: int = 100
     colour: bool = False
@@ -23,6 +27,7 @@ class Style:
     verbose: bool = False
     quiet: bool = False
     statistics: bool = False
+    failing: tuple[str, ...] = ("error",)
 
     def paint(self, text: str, name: str) -> str:
         """The text in the colour of a severity, "ok", "dim" or "bold"; unchanged without colour."""
@@ -69,6 +74,8 @@ def number(value: float | int | None, digits: int = 3) -> str:
     if 1e-3 <= abs(value) < 10**digits:
         text = f"{value:.{digits}g}"
         return text if "e" not in text else f"{value:.0f}"
+    if 10**digits <= abs(value) < 10 ** (digits + 1) - 0.5:
+        return f"{value:.0f}"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 

@@ -87,3 +87,8 @@ def fingerprints(model: ModelReport) -> list[tuple[Finding, str]]:
         result.append((finding, fingerprint(model.source, finding, seen[key])))
         seen[key] += 1
     return result
+
+
+def unread_fingerprint(source: str) -> str:
+    """The fingerprint of "this model could not be read"."""
+    return hashlib.sha256(f"unread\0{relative(source)}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
