@@ -23,6 +23,7 @@ def finish(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` with wrapper prefixes stripped (and noted), empty tensors as IA502, and packed weights named as such."""
     arrays, notes = strip_wrappers(checkpoint.arrays)
     arrays = name_packings(arrays)
+    arrays = {name: array if _learns(array) else replace(array, trainable=False) for name, array in arrays.items()}
     empty = [name for name, array in arrays.items() if array.size == 0 and "float" in array.dtype]
     problems = list(checkpoint.problems)
     if empty:
@@ -31,6 +32,11 @@ def finish(checkpoint: Checkpoint) -> Checkpoint:
         advice = "a sharded run (ZeRO-3, FSDP) saved a rank's placeholder: gather the full state before saving"
         problems.append(Problem("IA502", empty[0], f"{first}{rest}; {advice}"))
     return replace(checkpoint, arrays=arrays, problems=tuple(problems), notes=checkpoint.notes + notes)
+
+
+def _learns(array: Array) -> bool:
+    """Integers and booleans (counters, masks, packed codes) take no gradient."""
+    return not array.trainable or any(kind in array.dtype for kind in ("float", "complex"))
 
 
 def strip_wrappers(arrays: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[str, ...]]:

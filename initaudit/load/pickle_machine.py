@@ -2,9 +2,10 @@
 
 `pickle.Unpickler` with a guarded `find_class` still looks extension codes up in copyreg's table, calls whatever `find_class`
 gave back, runs `__setstate__`, and hashes what the stream built. `pickletools.genops` refuses streams that an unpickler runs
-(names that are not ASCII) and cannot say what an opcode is applied to. So the opcodes are interpreted (`pickle_reader`), with the
-stack semantics of CPython's Lib/pickle.py, on values that have no behaviour: plain containers, and the records of `pickle_values`.
-Nothing is imported by name, nothing of the stream is called; a few known names have a reader of our own (`pickle_globals`).
+(names that are not ASCII) and cannot say what an opcode is applied to. So the opcodes are interpreted (`pickle_reader`), with
+the stack semantics of CPython's Lib/pickle.py, on values that have no behaviour: plain containers, and the records of
+`pickle_values`. Nothing is imported by name, nothing of the stream is called; a few known names have a reader of our own
+(`pickle_globals`).
 """
 
 from __future__ import annotations

@@ -71,7 +71,9 @@ def sort_leaves(root: Any) -> Sorted:
     optimizers = tuple(_optimizer_paths(root))
     groups: dict[tuple[str, ...], list[Leaf]] = {}
     loose: list[Leaf] = []
-    nested = isinstance(root, dict) and not any(isinstance(value, (Tensor, NdArray)) for value in _values(root))
+    nested = isinstance(root, dict) and not any(
+        isinstance(value, (Tensor, NdArray)) and _is_float(value) for value in _values(root)
+    )
     for path, leaf, trainable in leaves(root):
         if any(path[: len(prefix)] == prefix for prefix in optimizers):
             result.optimizer.append((path, leaf, trainable))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class StreamStorages:
 
     def __call__(self, pid: Any) -> Any:
         """The storage of ("storage", class, key, location, elements[, (view key, offset, view elements)])."""
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]  # ("module", class, source file, source): the class, with its code for a comparison
         if (
             not isinstance(pid, tuple)
             or len(pid) < 5
@@ -80,7 +83,7 @@ class StreamStorages:
         return wrong
 
 
-def read_stream(whole: Span, data: bytes, recorder: Recorder, depth: int = 0) -> Any:
+def read_stream(whole: Span, data: bytes | mmap, recorder: Recorder, depth: int = 0) -> Any:
     """The object of a stream whose bytes up to the storages are `data`; what is broken goes to `recorder`."""
     storages = StreamStorages()
     where = show(whole.path, 200)
