@@ -108,18 +108,18 @@ def _table(argument: str) -> Any:
 
 
 def _index(call: Mapping[str, Any]) -> tuple[WeightUse, ...]:
-    """`table[ids]`: only the first axis is indexed, by something that is not constant."""
-    indices = [i for i in call["indices"] if i is not None]
-    ids = (
-        isinstance(indices[0], Operand) and not indices[0].constant
-        if len(indices) == 1 and len(call["indices"]) == 1
-        else False
-    )
-    return _table("self")(call) if ids else ()
+    """`table[ids]`: only the first axis is indexed. Rows that constants pick are a signal where they are used as one."""
+    indices = call["indices"]
+    return _table("self")(call) if len(indices) == 1 and isinstance(indices[0], Operand) and _several(indices[0]) else ()
+
+
+def _several(indices: Operand) -> bool:
+    """More than one row, as far as is known: one single row is a slice."""
+    return not indices.constant or math.prod(indices.shape or (1,)) > 1
 
 
 def _index_select(call: Mapping[str, Any]) -> tuple[WeightUse, ...]:
-    return _table("self")(call) if call["dim"] == 0 and not call["index"].constant else ()
+    return _table("self")(call) if call["dim"] == 0 and _several(call["index"]) else ()
 
 
 def _recurrent(operator: str, gates: tuple[str, ...]) -> Any:

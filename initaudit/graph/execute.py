@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import fx
 
 from initaudit.errors import InitauditError
-from initaudit.graph.calls import role_of
+from initaudit.graph.calls import role_of, signal_inputs
 from initaudit.graph.graph import Constant, Graph
+
+_SMALL = 64  # elements: as many numbers as steer an operator at most
 
 
 class Executor(fx.Interpreter):
@@ -45,10 +48,17 @@ class _MetaExecutor(Executor):
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
         self.host: dict[fx.Node, torch.Tensor] = {}
+        # Numbers that only steer an operator (scales of a resize, a pad value) are read by it, so they stay real.
+        self._steering = {
+            str(n.target)
+            for n in graph.fx.nodes
+            if n.op == "get_attr"
+            and all(role_of(u).data and n not in signal_inputs(u) for u in n.users if u.op == "call_function")
+        } & {key for key, c in graph.constants.items() if math.prod(c.shape) <= _SMALL}
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         constant = self.source.constants[str(target)]
-        if constant.dtype.is_floating_point and len(constant.shape) > 0:
+        if constant.dtype.is_floating_point and len(constant.shape) > 0 and target not in self._steering:
             return torch.empty(constant.shape, dtype=constant.dtype, device="meta")
         return constant.value()
 

@@ -191,17 +191,14 @@ class Lowering:
             self._batch_norm(node)
 
     def _batch_norm(self, node: fx.Node) -> None:
-        data, scale, shift, mean, variance, training, momentum, eps, *rest = self._given(node)
-        shape = node.meta.get("shape") or ()
+        data, scale, shift, mean, variance, training, momentum, eps, *rest = list(node.args)
+        shape: tuple[int, ...] = node.meta.get("shape") or ()
         single = len(shape) > 1 and shape[0] * (torch.Size(shape[2:]).numel() if len(shape) > 2 else 1) <= 1
         batch = bool(training) if mean is None else (self.training or self._fresh(mean, variance))
         if batch and not single:
             node.args = (data, scale, shift, None, None, True, momentum, eps, *rest)
         elif mean is not None:
             node.args = (data, scale, shift, mean, variance, False, momentum, eps, *rest)
-
-    def _given(self, node: fx.Node) -> list[Any]:
-        return list(node.args)
 
     def _fresh(self, mean: Any, variance: Any) -> bool:
         """Running statistics at 0 and 1 have seen no data: training will replace them by those of the batch."""

@@ -29,7 +29,8 @@ class Pair:
     `tensor` is the name of the weight, `site` where it is used, `node` the name of the consuming node and `value` that of
     the node whose value it consumes. `shape` and `axes` are those of the tensor as stored (then `stored`); where the stored
     tensor was computed with, those of the value used. `provenance` lists what lies between the stored tensor and its use,
-    `constants` every stored tensor that takes part. `fan_in` and `fan_out` are counted from axis data (see `roles.WeightUse.fans`).
+    `constants` every stored tensor that takes part. `fan_in` and `fan_out` are counted from axis data
+    (see `roles.WeightUse.fans`).
     """
 
     tensor: str

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from initaudit.graph.calls import role_of, signal_inputs
+from initaudit.graph.calls import role_of, signal_inputs, weight_uses
 from initaudit.graph.graph import Graph
 from initaudit.pair.activation import CATALOGUE, LINEAR, Activation, recognise
 from initaudit.pair.cluster import pointwise_cluster, written_normalization
 from initaudit.pair.evaluate import ConstantReader
 
 _SOFTMAX = Activation("softmax")
+_NEAR = 8  # scale, mask, casts and changes of layout between a product and its softmax
 _MOST_VISITS = 4000  # values on one weight's ways; a network whose every layer is concatenated into every later one stays below
 
 
@@ -79,8 +80,6 @@ class Walker:
         if norm is not None:
             onward.append((norm.node, norm.name))
         for member in (node, *cluster.nodes):
-            if member in inside:
-                continue
             outside = [u for u in member.users if u not in cluster.members and u not in inside and self._carries(member, u)]
             if not outside:
                 continue
@@ -102,17 +101,32 @@ class Walker:
             return
         role = role_of(user)
         if role.kind in ("contraction", "attention", "recurrent"):
-            found.append(Feeds(LINEAR, ("attention",) if role.kind == "attention" else (), node.name))
+            attends = role.kind == "attention" or (role.kind == "contraction" and self._attends(user))
+            found.append(Feeds(LINEAR, ("attention",) if attends else (), node.name))
         elif role.kind == "softmax":
             found.append(Feeds(_SOFTMAX, (), user.name))
         elif role.kind == "normalization" or role.kind in ("pooling", "merge"):
             onward.append((user, role.name))
         elif role.kind == "reduction":
             onward.append((user, "pool" if role.name in ("mean", "ReduceMean") else "sum"))
-        elif role.kind == "passthrough":
-            onward.append((user, ""))
+        elif role.kind in ("passthrough", "embedding"):
+            onward.append((user, ""))  # an index into a signal selects some of it
         elif role.kind == "pointwise":
             self._pointwise(node, user, found, onward)
+
+    def _attends(self, user: fx.Node) -> bool:
+        """Whether a product of two signals belongs to an attention: a softmax stands a few nodes before or behind it."""
+        if weight_uses(user, self.constant) or sum(n not in self.constant for n in signal_inputs(user)) < 2:
+            return False
+        for backwards in (False, True):
+            front = [user]
+            for _ in range(_NEAR):
+                near = {m for n in front for m in (n.all_input_nodes if backwards else n.users)}
+                front = [m for m in near if m.op == "call_function"]
+                if any(role_of(n).kind == "softmax" for n in front):
+                    return True
+                front = [n for n in front if role_of(n).kind in ("pointwise", "passthrough", "embedding")]
+        return False
 
     def _pointwise(self, node: fx.Node, user: fx.Node, found: list[Feeds], onward: list[tuple[fx.Node, str]]) -> None:
         """A pointwise operator that is no scalar function of `node`: a second signal or one constant a channel comes in."""

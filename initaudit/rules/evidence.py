@@ -1,10 +1,72 @@
-"""Everything a rule may look at. Filled by audit.py, never by a rule."""
+"""Everything a rule may look at. Filled by auditing.py, never by a rule."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from initaudit.expect.expectation import Expectation
+from initaudit.load.checkpoint import Checkpoint
+from initaudit.measure.moments import Moments
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from initaudit.config import Config
+    from initaudit.expect.gain import Gain
+    from initaudit.expect.recognise import Recognition
+    from initaudit.graph.graph import Graph
+    from initaudit.pair import Feeds, Pair
+    from initaudit.probe.trace import Trace, WeightRecord
+    from initaudit.probe.verdict import Risk
+
+ModelPhase = Literal["init", "trained", "mixed", "unknown"]
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """One weight as one operator uses it: several places of use (an unrolled recurrence) are one layer.
+
+    `pair` is the first place of use, `pairs` are all of them, `feeds` the activations of all. `moments` are those of the values
+    used; `read` gives these values, axes as in `pair.axes`. `gain` is that of the first activation that is not linear, else of the
+    linear unit; None where it has none. `records` are what the probe saw at the places of use (empty without a probe).
+    """
+
+    pair: Pair
+    pairs: tuple[Pair, ...]
+    feeds: tuple[Feeds, ...]
+    moments: Moments
+    expectation: Expectation
+    gain: Gain | None
+    read: Callable[[], np.ndarray[Any, Any]] = field(repr=False, compare=False)
+    recognition: Recognition | None = None
+    records: tuple[WeightRecord, ...] = ()
+
+    @property
+    def tensor(self) -> str:
+        """The name of the weight."""
+        return self.pair.tensor
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """The evidence about one model."""
+    """The evidence about one model.
+
+    `layers` are in forward order. `tensors` holds the moments of every floating-point tensor of the checkpoint by name. `graph`,
+    `trace` and `risk` are None where there is no program, or no probe: `no_probe` then says why.
+    """
+
+    checkpoint: Checkpoint
+    config: Config
+    phase: ModelPhase
+    layers: tuple[LayerEvidence, ...]
+    tensors: Mapping[str, Moments]
+    graph: Graph | None = field(default=None, repr=False)
+    trace: Trace | None = field(default=None, repr=False)
+    risk: Risk | None = None
+    no_probe: str = ""
+
+    def layer(self, tensor: str) -> LayerEvidence | None:
+        """The first layer that uses a tensor of this name."""
+        return next((found for found in self.layers if found.pair.tensor == tensor), None)
