@@ -81,9 +81,6 @@ def exclusion(name: str, model: onnx.ModelProto) -> str | None:
             return reason
     for stem, reason in (
         ("dynamicquantizelinear", "quantised: tested against onnxruntime instead"),
-        ("hannwindow", "signal processing"),
-        ("hammingwindow", "signal processing"),
-        ("blackmanwindow", "signal processing"),
         ("bernoulli", "random: no output to compare with"),
     ):
         if stem in name and name.endswith("_expanded"):

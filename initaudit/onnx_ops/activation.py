@@ -140,11 +140,19 @@ def _coerced(x: Tensor, axis: int | None, opset: int) -> tuple[Tensor, int]:
     return x.flatten(start) if start < x.ndim else x.unsqueeze(-1), start
 
 
+def softmax(x: Tensor, axis: int) -> Tensor:
+    """The softmax along an axis; in a 16-bit type every step is rounded to it, as the standard's definition has it."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or x.numel() == 0:
+        return torch.softmax(x, axis)
+    powers = torch.exp(x - x.amax(axis, keepdim=True))
+    return powers / powers.sum(axis, keepdim=True)
+
+
 @operator(Role("softmax", "softmax"))
 def Softmax(input: Tensor, *, axis: int | None = None, opset: int = 28) -> Tensor:
     """e^x over its sum along an axis."""
     value, axis = _coerced(input, axis, opset)
-    return torch.softmax(value, axis).reshape(input.shape)
+    return softmax(value, axis).reshape(input.shape)
 
 
 @operator(Role("softmax", "log_softmax"))

@@ -18,7 +18,7 @@ from initaudit.onnx_ops.registry import NEWEST_OPSET
 from initaudit.onnx_ops.run import Scope, call_node, run_model
 
 
-class Prepared(BackendRep):  # type: ignore[misc]
+class Prepared(BackendRep):
     """A model that is ready to run."""
 
     def __init__(self, model: onnx.ModelProto, budget: Budget | None = None) -> None:
@@ -35,7 +35,7 @@ class Prepared(BackendRep):  # type: ignore[misc]
         return tuple(to_numpy(v) for v in run_model(self._model, tensors, self._budget))
 
 
-class Backend(BaseBackend):  # type: ignore[misc]
+class Backend(BaseBackend):
     """`onnx.backend.base.Backend` on torch, on the CPU."""
 
     @classmethod
@@ -53,10 +53,8 @@ class Backend(BaseBackend):  # type: ignore[misc]
         cls, node: onnx.NodeProto, inputs: Sequence[Any], device: str = "CPU", outputs_info: Any = None, **kwargs: Any
     ) -> tuple[Any, ...]:
         """The outputs of one node as arrays; `opset_version` is that of its domain (default: the newest)."""
-        tensors: list[Tensor | None] = []
         given = iter(inputs)
-        for name in node.input:
-            tensors.append(from_numpy(np.asarray(next(given))) if name else None)
+        tensors: list[Tensor | None] = [from_numpy(np.asarray(next(given))) if name else None for name in node.input]
         scope = Scope({"": NEWEST_OPSET, node.domain: kwargs.get("opset_version", NEWEST_OPSET)})
         with metered(Budget()):
             results = call_node(node, tensors, scope, {})

@@ -1,7 +1,8 @@
 """What an untrusted graph may spend: elements, loop trips, expanded functions and time.
 
-A few hundred bytes of ONNX can ask for petabytes (ConstantOfShape), double a tensor 45 times (Concat) or call functions within functions
-2^41 times. So operators that make large outputs reserve them before they allocate, and whoever runs a graph does so under a budget.
+A few hundred bytes of ONNX can ask for petabytes (ConstantOfShape), double a tensor 45 times (Concat) or call functions
+within functions 2^41 times. So operators that make large outputs reserve them before they allocate, and whoever runs a
+graph does so under a budget.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Meter:
         self._spend("functions within one another", depth, self.budget.depth, where)
 
 
-# The meter in force travels with the call, not through the arguments of every operator (fx graphs call them with the standard's only).
+# The meter in force travels with the call: an fx graph calls an operator with the standard's arguments only.
 _meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 

@@ -30,7 +30,7 @@ def If(cond: Tensor, *, then_branch: Body, else_branch: Body, outputs: int = 1) 
 def Loop(
     m: Tensor | None = None, cond: Tensor | None = None, *v_initial: Tensor, body: Body, outputs: int = 1
 ) -> Tensor | tuple[Tensor, ...]:
-    """The body again and again while its condition holds, at most m times: the last state, then what every trip yielded, stacked.
+    """The body while its condition holds, at most m times: the last state, then what every trip yielded, stacked.
 
     The body takes the trip's number, the condition and the state; it returns the condition, the state and any more values.
     """

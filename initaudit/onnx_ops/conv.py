@@ -117,6 +117,26 @@ def ConvTranspose(
     return result if b is None else result + together(b, result)[0].reshape(-1, *(1,) * rank)
 
 
+def _bilinear(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """`n g c h w` at the places `n g p…` between its pixels, as `n g c p…`; outside it is zero.
+
+    In pixels, not in grid_sample's units of half the image: the rounding of that change of units shows where the result is 0.
+    """
+    height, width = images.shape[-2:]
+    top, left = torch.floor(row).detach(), torch.floor(column).detach()
+    total = images.new_zeros(())
+    for down in (0, 1):
+        for right in (0, 1):
+            y, x = (top + down), (left + right)
+            share = (1 - (row - y).abs()) * (1 - (column - x).abs())
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            flat = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).to(torch.int64)
+            index = flat.flatten(2).unsqueeze(2).expand(-1, -1, images.shape[2], -1)
+            pixels = images.flatten(3).gather(3, index).reshape(*images.shape[:3], *flat.shape[2:])
+            total = total + pixels * torch.where(inside, share, torch.zeros_like(share)).unsqueeze(2)
+    return total
+
+
 @operator(Role("contraction", "deform_conv", data=("x",), weights=conv_weights))
 def DeformConv(
     x: Tensor,
@@ -135,24 +155,19 @@ def DeformConv(
     """A convolution whose taps are displaced by `offset` and weighed by `mask` (Zhu et al. 2019), `n i h w` to `n o h w`."""
     if x.ndim != 4:
         raise UnsupportedOperator("DeformConv", f"{x.ndim - 2} spatial axes", "two")
+    x, w, offset = together(x, w, offset)
     by = sweep(x.shape[2:], w.shape[2:], strides, pads, dilations)
-    n, c, height, width = x.shape
+    n, c = x.shape[:2]
     taps, (rows, columns) = math.prod(by.kernel), by.output
-    at = {"dtype": x.dtype, "device": x.device}
     moves = offset.reshape(n, offset_group, taps, 2, rows, columns)
-    grid = []
+    places = []
     for axis in range(2):
-        inside = torch.arange(by.kernel[axis], **at) * by.dilations[axis]
-        inside = inside.reshape(-1, 1).expand(by.kernel) if axis == 0 else inside.reshape(1, -1).expand(by.kernel)
-        corner = torch.arange(by.output[axis], **at) * by.strides[axis] - by.begin[axis]
-        corner = corner.reshape(-1, 1) if axis == 0 else corner.reshape(1, -1)
-        place = inside.reshape(taps, 1, 1) + corner + moves[:, :, :, axis]
-        # grid_sample wants pixel centres in [-1, 1].
-        grid.append((2 * place + 1) / (height, width)[axis] - 1)
-    points = torch.stack([grid[1], grid[0]], -1).reshape(n * offset_group, taps * rows, columns, 2)
-    images = x.reshape(n * offset_group, c // offset_group, height, width)
-    taken = F.grid_sample(images, points, "bilinear", "zeros", align_corners=False)
-    taken = taken.reshape(n, offset_group, c // offset_group, taps, rows, columns)
+        across = [-1 if a == axis else 1 for a in range(2)]
+        inside = (torch.arange(by.kernel[axis]) * by.dilations[axis]).reshape(across).expand(by.kernel)
+        corner = (torch.arange(by.output[axis]) * by.strides[axis] - by.begin[axis]).reshape(across)
+        places.append((inside.reshape(taps, 1, 1) + corner).to(x) + moves[:, :, :, axis])
+    images = x.reshape(n, offset_group, c // offset_group, *x.shape[2:])
+    taken = _bilinear(images, places[0], places[1])
     if mask is not None:
         taken = taken * mask.reshape(n, offset_group, 1, taps, rows, columns)
     taken = taken.reshape(n, group, c // group * taps, rows * columns)

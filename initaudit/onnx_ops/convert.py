@@ -14,7 +14,7 @@ from torch import Tensor
 
 from initaudit.errors import InitauditError, UnsupportedOperator
 from initaudit.onnx_ops.budget import reserve
-from initaudit.onnx_ops.tensors import NARROW, TORCH_TYPES, torch_type
+from initaudit.onnx_ops.tensors import INT2, INT4, NARROW, TORCH_TYPES, UINT2, UINT4, torch_type
 
 # numpy types of ml_dtypes that torch holds under the same bits.
 _SAME_BITS = {
@@ -25,7 +25,7 @@ _SAME_BITS = {
     "float8_e5m2fnuz": torch.float8_e5m2fnuz,
     "float8_e8m0fnu": torch.float8_e8m0fnu,
 }
-_NARROW_NAMES = {"int4": torch.int4, "uint4": torch.uint4, "int2": torch.int2, "uint2": torch.uint2}
+_NARROW_NAMES = {"int4": INT4, "uint4": UINT4, "int2": INT2, "uint2": UINT2}
 _ML_NAMES = {kind: name for name, kind in _SAME_BITS.items()}
 
 

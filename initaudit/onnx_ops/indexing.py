@@ -58,8 +58,9 @@ def Slice(
 def _table(call: Mapping[str, Any]) -> tuple[WeightUse, ...]:
     data, indices = call["data"], call["indices"]
     shape = data.shape
-    # A table of one column is no embedding, and neither is a choice among constants by constants (that is folded).
-    if not data.constant or indices.constant or shape is None or len(shape) != 2 or call.get("axis", 0) not in (0, -2):
+    # Rows that constants pick are a signal where they are used as one (a position table); one single row is a slice.
+    single = indices.constant and math.prod(indices.shape or (1,)) == 1
+    if not data.constant or single or shape is None or len(shape) != 2 or call.get("axis", 0) not in (0, -2):
         return ()
     return (WeightUse("data", ("v", "d"), "embedding", unit_axis=None),)
 

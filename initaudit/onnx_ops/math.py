@@ -155,7 +155,8 @@ def Clip(
 @operator(Role("pointwise", data=("x", "y")))
 def Where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """x where the condition holds, y elsewhere, broadcast."""
-    return torch.where(*together(condition, x, y))
+    chosen, a, b = together(condition, x, y)
+    return torch.where(chosen, a, b)
 
 
 @operator(OPAQUE)
@@ -227,7 +228,8 @@ def CumProd(x: Tensor, axis: Tensor, *, exclusive: int = 0, reverse: int = 0) ->
 @operator(Role("reduction", "determinant"))
 def Det(x: Tensor) -> Tensor:
     """The determinant of the last two axes, `... m m` to `...`."""
-    return torch.linalg.det(x)
+    determinant: Tensor = torch.linalg.det(x)
+    return determinant
 
 
 def _signed(x: Tensor) -> tuple[Tensor, torch.dtype]:

@@ -38,7 +38,8 @@ def GlobalMaxPool(x: Tensor) -> Tensor:
 @operator(Role("pooling", "global_lp_pool"))
 def GlobalLpPool(x: Tensor, *, p: int = 2) -> Tensor:
     """The p-norm over space, `n c s…` to `n c 1…`."""
-    return torch.linalg.vector_norm(x, p, _space(x), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, p, _space(x), keepdim=True)
+    return norm
 
 
 @operator(Role("pooling", "max_pool"))
@@ -124,7 +125,8 @@ def LpPool(
 ) -> Tensor:
     """The p-norm of every window."""
     by = sweep(x.shape[2:], kernel_shape, strides, pads, dilations, auto_pad, ceil_mode)
-    return torch.linalg.vector_norm(windows(x, by, 0.0), p, tuple(range(-len(by.kernel), 0)))
+    norm: Tensor = torch.linalg.vector_norm(windows(x, by, 0.0), p, tuple(range(-len(by.kernel), 0)))
+    return norm
 
 
 @operator(Role("pooling", "max_unpool", data=("x",)))

@@ -1,10 +1,12 @@
 """RNN, GRU and LSTM.
 
-`x` is `t n i` (layout 0) or `n t i` (layout 1); `w` is `d (g h) i`, `r` is `d (g h) h`, `b` is `d (2 g h)`; d counts directions, g gates.
+`x` is `t n i` (layout 0) or `n t i` (layout 1); `w` is `d (g h) i`, `r` is `d (g h) h`, `b` is `d (2 g h)`; d counts
+directions, g gates.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +46,7 @@ def _functions(
 ) -> list[Function]:
     """The activation functions; alphas and betas are handed out in order to those that have one, `clip` bounds what goes in."""
     more_alphas, more_betas = iter(alphas or ()), iter(betas or ())
-    found = []
+    found: list[Function] = []
     for name in names:
         if name.lower() not in _FUNCTIONS:
             raise UnsupportedOperator("recurrent layer", f"the activation {name!r}", "one of " + ", ".join(_FUNCTIONS))
@@ -52,12 +54,12 @@ def _functions(
         a = None if alpha is None else next(more_alphas, alpha)
         b = None if beta is None else next(more_betas, beta)
 
-        def apply(x: Tensor, f: Any = function, a: Any = a, b: Any = b) -> Tensor:
-            result: Tensor = f(x if clip is None else x.clamp(-clip, clip), a, b)
-            return result
-
-        found.append(apply)
+        found.append(functools.partial(_clipped, function, a, b, clip))
     return found
+
+
+def _clipped(function: Callable[[Tensor, Any, Any], Tensor], a: Any, b: Any, clip: float | None, x: Tensor) -> Tensor:
+    return function(x if clip is None else x.clamp(-clip, clip), a, b)
 
 
 @dataclass(frozen=True)

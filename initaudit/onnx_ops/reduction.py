@@ -97,7 +97,8 @@ _reduction("ReduceLogSumExp", "The logarithm of the sum of exponentials.", _log_
 
 
 def _root(value: Tensor, axes: list[int], keep: bool) -> Tensor:
-    return torch.linalg.vector_norm(_floating(value), 2, axes, keep)
+    norm: Tensor = torch.linalg.vector_norm(_floating(value), 2, axes, keep)
+    return norm
 
 
 def _arg(data: Tensor, axis: int, keepdims: int, select_last_index: int, largest: bool) -> Tensor:

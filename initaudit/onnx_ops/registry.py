@@ -1,7 +1,7 @@
 """Which function computes an ONNX operator, and what it does to a signal.
 
-A family is a module of this package; importing it declares its operators. They are all imported at the first lookup, so a new operator
-is one function in one file. The calling convention:
+A family is a module of this package; importing it declares its operators. They are all imported at the first lookup, so
+a new operator is one function in one file. The calling convention:
 
 * inputs are positional, in the order of the standard, None for an omitted optional one; attributes are keyword arguments;
 * `opset` and `outputs` are passed only to functions that ask for them (`wants_opset`, `wants_outputs`);

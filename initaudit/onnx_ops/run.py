@@ -1,7 +1,7 @@
 """Runs the nodes of an ONNX graph over an environment of tensors, as far as a budget allows.
 
-An operator without a function of ours is replaced by its body: a function of the model, else the one that the standard itself gives,
-chosen with the types that really arrive (shape inference beforehand may never end on a hostile file).
+An operator without a function of ours is replaced by its body: a function of the model, else the one that the standard
+itself gives, chosen with the types that really arrive (shape inference beforehand may never end on a hostile file).
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def evaluate(nodes: Sequence[onnx.NodeProto], environment: Environment, scope: S
         for name, value in zip(node.output, call_node(node, inputs, scope, environment), strict=False):
             if name:
                 environment[name] = value
-                if value is not None:
+                # A sequence (a list of tensors) was accounted for when its members were made.
+                if isinstance(value, Tensor):
                     meter.produced(value.numel(), describe(node))
 
 
@@ -202,7 +203,7 @@ def body_of(graph: onnx.GraphProto, scope: Scope, environment: Environment) -> B
     """A subgraph as a callable; it sees the values around it."""
 
     def body(*inputs: Tensor) -> tuple[Tensor, ...]:
-        inner: Environment = ChainMap({}, environment)  # type: ignore[arg-type]
+        inner: Environment = ChainMap({}, environment)
         inner.update(zip((i.name for i in graph.input), inputs, strict=True))
         return tuple(run_graph(graph, inner, scope))
 
@@ -222,17 +223,23 @@ def schema_body(node: onnx.NodeProto, inputs: Sequence[Tensor | None], scope: Sc
     version = scope.opsets.get(domain, 1 if domain else NEWEST_OPSET)
     if not defs.has(node.op_type, version, domain):
         return None
-    schema = defs.get_schema(node.op_type, version, domain)
+    schema: Any = defs.get_schema(node.op_type, version, domain)
     usable = [v for v in schema.function_opset_versions if v <= scope.opsets.get("", NEWEST_OPSET)]
     if usable:
-        return onnx.FunctionProto.FromString(schema.get_function_with_opset_version(max(usable)))
+        return _parsed(schema.get_function_with_opset_version(max(usable)))
     usable = [v for v in schema.context_dependent_function_opset_versions if v <= scope.opsets.get("", NEWEST_OPSET)]
     if not usable:
         return None
     resolved = _resolved(node, scope)
     types = [_type_proto(value) for value in inputs]
     text = schema.get_context_dependent_function_with_opset_version(max(usable), resolved.SerializeToString(), types)
-    return onnx.FunctionProto.FromString(text)
+    return _parsed(text)
+
+
+def _parsed(text: bytes) -> onnx.FunctionProto:
+    function = onnx.FunctionProto()
+    function.ParseFromString(text)
+    return function
 
 
 def _resolved(node: onnx.NodeProto, scope: Scope) -> onnx.NodeProto:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from initaudit.onnx_ops.budget import reserve
 from initaudit.onnx_ops.registry import operator
-from initaudit.onnx_ops.tensors import NARROW, ints, normal_axis, scalar, together, torch_type
+from initaudit.onnx_ops.tensors import INT4, NARROW, UINT4, ints, normal_axis, scalar, together, torch_type
 from initaudit.roles import Role
 
 
@@ -80,10 +81,17 @@ def Transpose(data: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
     return data.permute(tuple(perm) if perm is not None else tuple(reversed(range(data.ndim))))
 
 
+def _broadcast(a: list[int], b: list[int]) -> list[int]:
+    """The shape of two shapes broadcast together; the larger of two sizes, unless one of them is 0."""
+    rank = max(len(a), len(b))
+    pairs = zip([1] * (rank - len(a)) + a, [1] * (rank - len(b)) + b, strict=True)
+    return [q if p == 1 else p for p, q in pairs]
+
+
 @operator(_passthrough("expand", "input"))
 def Expand(input: Tensor, shape: Tensor) -> Tensor:
     """The input broadcast with a shape (a view: nothing is copied)."""
-    target = torch.broadcast_shapes(input.shape, tuple(ints(shape) or []))
+    target = _broadcast(list(input.shape), ints(shape) or [])
     reserve(target, "Expand")
     return input.expand(target)
 
@@ -134,12 +142,13 @@ def to_type(value: Tensor, kind: torch.dtype, saturate: bool = True) -> Tensor:
     if value.dtype in NARROW:
         value = value.view(NARROW[value.dtype])
     if kind in NARROW:
-        bits = 4 if kind in (torch.int4, torch.uint4) else 2
+        bits = 4 if kind in (INT4, UINT4) else 2
         held = NARROW[kind]
         whole = value.to(torch.int64) & (2**bits - 1)
         if held == torch.int8:
-            whole = torch.where(whole >= 2 ** (bits - 1), whole - 2**bits, whole)
-        return whole.to(held).view(kind)
+            whole = whole - 2**bits * (whole >= 2 ** (bits - 1))
+        narrow: Tensor = whole.to(held).view(kind)
+        return narrow
     if kind.is_floating_point and kind.itemsize == 1:
         largest = torch.finfo(kind).max
         wide = value.to(torch.float32)
@@ -183,9 +192,9 @@ def Dropout(
         # The mask had the type of the data before opset 10.
         mask = torch.ones_like(data, dtype=data.dtype if opset < 10 else torch.bool)
         return data if outputs == 1 else (data, mask)
-    generator = torch.Generator(data.device if data.device.type != "meta" else "cpu")
-    generator.manual_seed(seed if seed is not None else 0)
-    mask = torch.rand(data.shape, generator=generator, device=data.device) >= chance
+    # numpy's generator: the mask is the same on every device, and the one that the standard's own tests expect.
+    drawn = np.random.RandomState(0 if seed is None else seed).uniform(0, 1, tuple(data.shape))
+    mask = torch.from_numpy(np.asarray(drawn >= chance)).to(data.device)
     kept = torch.where(mask, data / (1 - chance), torch.zeros_like(data)) if chance < 1 else torch.zeros_like(data)
     return kept if outputs == 1 else (kept, mask)
 

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from initaudit.errors import UnsupportedOperator
 
+# torch has these types at run time, its type stubs do not know them.
+_torch: Any = torch
+INT4: torch.dtype = _torch.int4
+UINT4: torch.dtype = _torch.uint4
+INT2: torch.dtype = _torch.int2
+UINT2: torch.dtype = _torch.uint2
+
 # onnx.TensorProto.DataType, written out so that operators need not import onnx (strings and complex numbers are not executed).
 # A 4-bit or 2-bit integer is held as one byte an element, viewed as torch's own narrow type.
-TORCH_TYPES = {
+TORCH_TYPES: dict[int, torch.dtype] = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 4: torch.uint16, 5: torch.int16, 6: torch.int32, 7: torch.int64,
     9: torch.bool, 10: torch.float16, 11: torch.float64, 12: torch.uint32, 13: torch.uint64, 16: torch.bfloat16,
     17: torch.float8_e4m3fn, 18: torch.float8_e4m3fnuz, 19: torch.float8_e5m2, 20: torch.float8_e5m2fnuz,
-    21: torch.uint4, 22: torch.int4, 24: torch.float8_e8m0fnu, 25: torch.uint2, 26: torch.int2,
+    21: UINT4, 22: INT4, 24: torch.float8_e8m0fnu, 25: UINT2, 26: INT2,
 }  # fmt: skip
 
 # torch stores these but computes little with them.
 STORAGE_ONLY = frozenset({torch.uint16, torch.uint32, torch.uint64})
-NARROW = {torch.int4: torch.int8, torch.int2: torch.int8, torch.uint4: torch.uint8, torch.uint2: torch.uint8}
+NARROW: dict[torch.dtype, torch.dtype] = {INT4: torch.int8, INT2: torch.int8, UINT4: torch.uint8, UINT2: torch.uint8}
 
 
 def torch_type(number: int) -> torch.dtype:

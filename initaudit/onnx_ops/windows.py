@@ -46,7 +46,7 @@ def sweep(
     auto_pad: str = "NOTSET",
     ceil_mode: int = 0,
 ) -> Sweep:
-    """The sweep of a window over an image of these sizes; `pads` holds all beginnings, then all ends, as the standard has it."""
+    """The sweep of a window over an image of these sizes; `pads` holds all beginnings, then all ends."""
     rank = len(sizes)
     steps = tuple(strides) if strides else (1,) * rank
     gaps = tuple(dilations) if dilations else (1,) * rank
