@@ -36,7 +36,7 @@ Examples:
   initaudit explain IA301                         what a rule means and what to do
 
 Commands:
-  rules        list the rules                     baseline    accept what there is, fail on what is new
+  rules        list the rules                     baseline    accept findings, fail on new ones
   explain      the page of a rule                 compare     what differs between two models
   config       the configuration in force         completion  a shell's completion script
 
@@ -46,12 +46,13 @@ Options used most (all of them: initaudit audit --help):
   --phase auto|init|trained         judge as fresh or as trained weights
   --input NAME=SPEC, --data FILE    what the probe feeds the model
   --no-probe                        look at the weights only
-  --format NAME[:FILE]              text concise grouped json jsonl sarif github gitlab junit markdown html
+  --format NAME[:FILE]              text concise grouped json jsonl sarif github gitlab junit
+                                    markdown html
   --output FILE                     write the report there
   --verbose, --quiet, --statistics  more, less, counts
   --version, --help
 
-Exit status: 0 nothing at the failing level, 1 findings at it, 2 usage error or a model that cannot be read.
+Exit status: 0 nothing at the failing level, 1 findings at it, 2 usage error or unreadable model.
 """
 SHELLS = ("bash", "zsh", "fish")
 

@@ -19,7 +19,8 @@ def render(report: Report, style: Style) -> str:
     blocks = ["\n".join(_model(model, style)) for model in report.models if model.error is None]
     if style.statistics:
         blocks.append("\n".join(f"{count:>5}  {code}  {name}" for count, code, name in statistics(report)))
-    return style.finish("\n\n".join(block for block in blocks if block) + "\n")
+    text = "\n\n".join(block for block in blocks if block)
+    return style.finish(f"{text}\n" if text else "")
 
 
 def _model(model: ModelReport, style: Style) -> Iterator[str]:

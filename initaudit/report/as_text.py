@@ -21,7 +21,8 @@ def render(report: Report, style: Style) -> str:
     """The whole report; every line fits `style.width` columns."""
     blocks = ["\n".join(model_lines(model, style)) for model in report.models if model.error is None]
     blocks.append("\n".join(closing(report, style)))
-    return style.finish("\n\n".join(block for block in blocks if block) + "\n")
+    text = "\n\n".join(block for block in blocks if block)
+    return style.finish(f"{text}\n" if text else "")
 
 
 def model_lines(model: ModelReport, style: Style) -> Iterator[str]:
