@@ -1,0 +1,133 @@
+"""Which axis of a signal counts examples and which counts units, carried along the graph while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from initaudit.graph.calls import role_of, signal_inputs
+from initaudit.roles import WeightUse
+
+
+@dataclass(frozen=True)
+class Axes:
+    """`batch` counts `examples`: place p along it belongs to example (p // inner) % examples. None: not known.
+
+    More places than examples come from windows and heads (inner > 1) and from positions that stand before the examples.
+    """
+
+    batch: int | None = None
+    examples: int = 1
+    inner: int = 1
+    unit: int | None = None
+
+
+UNKNOWN = Axes()
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The value itself, or the first element of a tuple of them; None where that is no floating-point tensor."""
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
+def axes_of(
+    node: fx.Node,
+    value: Any,
+    known: Mapping[fx.Node, Axes],
+    shapes: Mapping[fx.Node, tuple[int, ...]],
+    uses: tuple[WeightUse, ...],
+    again: Callable[[fx.Node, Tensor], Any],
+) -> Axes:
+    """The axes of `value`, which `node` made out of signals whose axes are `known`.
+
+    `again(source, stand_in)` runs the node once more with the stand-in for the signal `source`; only nodes that move elements
+    without arithmetic are run so.
+    """
+    head = value[0] if isinstance(value, (tuple, list)) and value else value
+    if not isinstance(head, Tensor) or head.dim() == 0:
+        return UNKNOWN
+    if node.op == "placeholder":
+        return Axes(batch=0, examples=head.shape[0])
+    sources = [s for s in signal_inputs(node) if s in known and s in shapes]
+    if not sources:
+        return UNKNOWN
+    kind = role_of(node).kind
+    shape = tuple(head.shape)
+    if kind == "passthrough":
+        return _moved(node, sources[0], known[sources[0]], shapes[sources[0]], shape, again)
+    batch, unit, origin = None, None, UNKNOWN
+    for source in sources:
+        found, from_shape = known[source], shapes[source]
+        offset = len(shape) - len(from_shape) if kind in ("pointwise", "merge") else 0
+        if batch is None and found.batch is not None:
+            batch, origin = _same(found.batch + offset, found.batch, shape, from_shape), found
+        if unit is None and found.unit is not None:
+            unit = _same(found.unit + offset, found.unit, shape, from_shape)
+    for use in uses:
+        unit = use.unit_axis % len(shape) if use.unit_axis is not None else unit
+    if kind in ("recurrent", "embedding"):
+        unit = len(shape) - 1
+    return Axes(batch, origin.examples, origin.inner, unit if unit != batch else None)
+
+
+def _same(axis: int, before: int, shape: tuple[int, ...], source: tuple[int, ...]) -> int | None:
+    return axis if 0 <= axis < len(shape) and shape[axis] == source[before] else None
+
+
+def _moved(
+    node: fx.Node,
+    source: fx.Node,
+    axes: Axes,
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    again: Callable[[fx.Node, Tensor], Any],
+) -> Axes:
+    """Where the axes went: numbers that count along one axis are sent through, and looked for in the result."""
+
+    def follow(axis: int | None, count: int, inner: int) -> tuple[int | None, int]:
+        if axis is None or axis >= len(before):
+            return None, 1
+        codes = (torch.arange(before[axis]) // inner % count).to(torch.int32)
+        stand_in = codes.view([-1 if i == axis else 1 for i in range(len(before))]).expand(before)
+        try:
+            try:
+                result = again(source, stand_in)
+            except RuntimeError:
+                # A view of numbers that do not lie one after the other.
+                result = again(source, stand_in.contiguous())
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            # Interpolation and the like refuse integers; they do not move axes.
+            return _same(axis, axis, after, before), inner
+        result = result[0] if isinstance(result, (tuple, list)) else result
+        if not isinstance(result, Tensor) or tuple(result.shape) != after:
+            return None, 1
+        varying = [
+            i for i in range(result.dim()) if result.shape[i] > 1 and bool((_line(result, i) != _line(result, i)[0]).any())
+        ]
+        if count == 1:
+            return (axis if axis < len(after) and after[axis] == before[axis] else None), inner
+        if len(varying) != 1:
+            return None, 1
+        line = _line(result, varying[0])
+        times = int((line == line[0]).long().cumprod(0).sum())
+        if line.numel() % (times * count) == 0 and bool((line == torch.arange(line.numel()) // times % count).all()):
+            return varying[0], times
+        return None, 1
+
+    batch, inner = follow(axes.batch, axes.examples, axes.inner)
+    unit, times = follow(axes.unit, before[axes.unit], 1) if axes.unit is not None and axes.unit < len(before) else (None, 1)
+    exact = unit is not None and times == 1 and after[unit] == before[axes.unit or 0]
+    return Axes(batch, axes.examples, inner, unit if exact else None)
+
+
+def _line(x: Tensor, axis: int) -> Tensor:
+    for i in range(x.dim() - 1, -1, -1):
+        if i != axis:
+            x = x.select(i, 0)
+    return x.cpu()

@@ -1,0 +1,161 @@
+"""The observer of the probe's first pass: statistics of the signal and its gradient at every data node."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from initaudit.graph.calls import arguments, role_of, signal_inputs
+from initaudit.probe.activations import Activation, by_exit, find_activations, flat_units, sample
+from initaudit.probe.passes import Observer, Pass, kind_of
+from initaudit.probe.statistics import by_example, moments, power, row_entropy, similarity, thin, token_similarity
+from initaudit.probe.trace import Signal
+
+# Attention maps are computed a second time to see their entropy: for so many examples and at most so long a sequence.
+_MAPS, _LENGTH = 2, 1024
+
+
+class SignalObserver(Observer):
+    """Fills `signals` by node name. Nodes that only move elements share the numbers of their source."""
+
+    def __init__(self, graph: fx.Graph, constant: frozenset[fx.Node]) -> None:
+        activations = find_activations(graph, constant)
+        self.signals: dict[str, Signal] = {}
+        self.exits = by_exit(activations)
+        self.waiting: dict[fx.Node, int] = {}
+        for activation in activations:
+            self.waiting[activation.root] = self.waiting.get(activation.root, 0) + 1
+        self.samples: dict[fx.Node, Tensor] = {}
+        self.first_non_finite: str | None = None
+        self.first_non_finite_gradient: str | None = None
+        self.same_as: dict[str, str] = {}
+
+    def signal(self, run: Pass, node: fx.Node, value: Tensor) -> None:
+        """The forward statistics of one node."""
+        kind, source = kind_of(node), self._source(run, node, value)
+        mean: float | None
+        moment2: float | None
+        peak: float | None
+        if source is not None:
+            known = self.signals[source]
+            self.same_as[node.name] = source
+            mean, moment2, peak, finite = known.mean, known.moment2, known.peak, known.finite
+        else:
+            mean, moment2, peak, finite = moments(value)
+        if not finite and self.first_non_finite is None:
+            self.first_non_finite = node.name
+        extra: dict[str, Any] = {}
+        if finite:
+            if kind != "passthrough":
+                extra = self._between_examples(run, node, value)
+            if kind in ("softmax", "attention"):
+                extra["entropy"] = _entropy(run, node, value)
+            extra |= self._activation(run, node, value)
+        mean, moment2, peak = (m if m is not None and math.isfinite(m) else None for m in (mean, moment2, peak))
+        record = Signal(node.name, run.order[node], kind, tuple(value.shape), mean, moment2, peak, finite)
+        self.signals[node.name] = replace(record, **extra)
+
+    def gradient(self, run: Pass, node: fx.Node, gradient: Tensor) -> None:
+        """The gradient's second moment at one node."""
+        if node.name in self.same_as and len(self._origin(node).users) == 1:
+            return
+        moment2 = power(gradient) / gradient.numel()
+        finite = math.isfinite(moment2)
+        if not finite and self.first_non_finite_gradient is None:
+            self.first_non_finite_gradient = node.name
+        known = self.signals[node.name]
+        self.signals[node.name] = replace(known, gradient_moment2=moment2 if finite else None, gradient_finite=finite)
+
+    def close(self) -> None:
+        """Gives nodes that only moved elements the gradient of their source."""
+        for name, source in self.same_as.items():
+            known = self.signals[name]
+            if known.gradient_moment2 is None:
+                origin = self.signals[source]
+                self.signals[name] = replace(
+                    known, gradient_moment2=origin.gradient_moment2, gradient_finite=origin.gradient_finite
+                )
+
+    def _source(self, run: Pass, node: fx.Node, value: Tensor) -> str | None:
+        """The node whose elements this one has, in another order."""
+        if kind_of(node) != "passthrough" or len(node.all_input_nodes) == 0:
+            return None
+        source = signal_inputs(node)[0]
+        known = self.signals.get(source.name)
+        if known is None or math.prod(known.shape) != value.numel() or isinstance(run.env.get(source), (tuple, list)):
+            return None
+        names = [a for a in node.all_input_nodes if a is not source and a not in run.constant]
+        return None if names or not _bijective(node) else source.name
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        return signal_inputs(node)[0]
+
+    def _between_examples(self, run: Pass, node: fx.Node, value: Tensor) -> dict[str, Any]:
+        axes, found = run.axes[node], {}
+        if axes.batch is not None:
+            found["cosine"], found["spread"] = similarity(thin(by_example(value, axes)))
+            if value.dim() == 3 and axes.unit is not None and value.shape[axes.batch] == axes.examples and min(value.shape) > 0:
+                found["token_cosine"], found["token_spread"] = token_similarity(value, axes.batch, axes.unit)
+        return found
+
+    def _activation(self, run: Pass, node: fx.Node, value: Tensor) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        activation: Activation | None = self.exits.get(node)
+        if activation is not None and activation.root in self.samples:
+            root = activation.root
+            flat = flat_units(activation, self.samples[root], run.axes[root].unit, run.weights.__getitem__)
+            if flat is not None:
+                found = dict(zip(("dead", "saturated", "slope"), flat, strict=True))
+            self.waiting[root] -= 1
+            if self.waiting[root] == 0:
+                del self.samples[root]
+        if self.waiting.get(node, 0) > 0 and value.dim() > 0:
+            axes = run.axes[node]
+            self.samples[node] = sample(value, axes.unit, axes.batch)
+        return found
+
+
+# Operators that keep all elements but repeat or drop none have as many of them; these change values or pick with repetition.
+_NOT_BIJECTIVE = ("resize", "index", "gather", "take", "tril", "triu", "pad", "grid_sampler", "unfold", "im2col", "col2im")
+
+
+def _bijective(node: fx.Node) -> bool:
+    return not role_of(node).name.lower().startswith(_NOT_BIJECTIVE)
+
+
+def _entropy(run: Pass, node: fx.Node, value: Tensor) -> float | None:
+    role, bound = role_of(node), arguments(node)
+    if role.kind == "softmax":
+        if "log" in role.name.lower():
+            return None
+        axis = bound.get("dim", bound.get("axis", -1))
+        return row_entropy(value, axis if isinstance(axis, int) else -1)
+    names = role.data[:3]
+    tensors = [run.env.get(bound[name]) if isinstance(bound.get(name), fx.Node) else None for name in names]
+    if len(names) < 3 or not all(isinstance(t, Tensor) and t.dim() == 4 for t in tensors):
+        return None
+    query, key, held = (bound[name] for name in names)
+    v = tensors[2]
+    assert isinstance(v, Tensor)
+    length = v.shape[2]
+    if length > _LENGTH or length < 2 or len({query, key, held}) < 3:
+        return None
+    # With the identity for its values, an attention returns its map.
+    identity = torch.eye(length, device=v.device).expand(min(_MAPS, v.shape[0]), v.shape[1], length, length)
+    batch = v.shape[0]
+    slices: dict[fx.Node, Any] = {}
+    for a in node.all_input_nodes:
+        x = run.weights[a] if a in run.constant else run.env[a]
+        slices[a] = x[:_MAPS] if isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == batch else x
+    slices[held] = identity
+    try:
+        result = run.again(node, slices)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        # Fused forms that tie the sizes of keys and values cannot show their map.
+        return None
+    result = result[0] if isinstance(result, (tuple, list)) else result
+    return row_entropy(result.float(), -1) if isinstance(result, Tensor) and result.shape[-1] == length else None

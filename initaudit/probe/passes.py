@@ -1,0 +1,255 @@
+"""One forward pass and its backward passes over a graph, every node seen once on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from initaudit.errors import InitauditError
+from initaudit.graph.calls import Use, role_of, weight_uses
+from initaudit.graph.execute import Executor
+from initaudit.graph.graph import Graph
+from initaudit.probe.axes import UNKNOWN, Axes, axes_of, first_tensor
+
+
+class Missing:
+    """Stands for a value that could not be computed; everything made of it is missing too."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+# What an operator raises on values that it cannot take; a failing node is recorded and what lies downstream is unknown.
+_FAILURES = (InitauditError, RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AssertionError)
+
+
+class Observer:
+    """What looks on while a pass runs."""
+
+    def signal(self, run: Pass, node: fx.Node, value: Tensor) -> None:
+        """Called with the floating-point value of a data node, before anything consumes it."""
+
+    def gradient(self, run: Pass, node: fx.Node, gradient: Tensor) -> None:
+        """Called with the whole gradient at a data node's value."""
+
+
+class Pass(Executor):
+    """Runs `graph` in float32 with a separate leaf for every (consumer, weight) pair, and differentiates it.
+
+    `shift` maps parameters to a tensor that is added to their value (a virtual step). `observer` sees every data node.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        constant: frozenset[fx.Node],
+        *,
+        device: torch.device | None = None,
+        shift: Mapping[str, Tensor] | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__(graph, device=device)
+        self.constant, self.shift, self.observer = constant, shift or {}, observer
+        self.leaves: dict[tuple[fx.Node, fx.Node], Tensor] = {}
+        self.weights: dict[fx.Node, Any] = {}
+        self.parameters: dict[str, Tensor] = {}
+        self.axes: dict[fx.Node, Axes] = {}
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.missing: dict[fx.Node, str] = {}
+        self.frontier: list[Tensor] = []
+        self.uses: dict[fx.Node, tuple[Use, ...]] = {}
+        self.order: dict[fx.Node, int] = {}
+        self.outputs: list[tuple[fx.Node, Tensor]] = []
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The constant in float32; a trainable one as a leaf of its own."""
+        constant, key = self.source.constants[str(target)], str(target)
+        if key in self.parameters:
+            return self.parameters[key]
+        value: Tensor = _single(super().get_attr(target, args, kwargs))
+        if key in self.shift:
+            value = value + self.shift[key]
+        if constant.kind == "parameter" and constant.trainable and value.is_floating_point():
+            value = self.parameters[key] = value.detach().requires_grad_(True)
+        return value
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        """The arguments of `n`: a weight that a data node consumes becomes a leaf of that data node."""
+
+        def load(node: fx.Node) -> Any:
+            return self._leaf(n, node) if node in self.constant and n not in self.constant else self.env[node]
+
+        return fx.node.map_arg(args, load)
+
+    def _leaf(self, consumer: fx.Node, source: fx.Node) -> Any:
+        value = self.weights[source]
+        if not isinstance(value, Tensor):
+            return value
+        if value.requires_grad:
+            leaf = self.leaves.get((consumer, source))
+            if leaf is None:
+                leaf = self.leaves[consumer, source] = value.detach().requires_grad_(True)
+            value = leaf
+        # Writing in place to a weight would change it for its other consumers.
+        return value * 1 if _writes(consumer) and value.is_floating_point() else value.clone() if _writes(consumer) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs a node; what fails is missing from there on."""
+        if n.op == "output":
+            return self._finish(n)
+        lost = next((a for a in n.all_input_nodes if a in self.missing), None)
+        if lost is not None:
+            # What was known just before the gap is where the gradient starts from, if no output is left.
+            self.frontier += [v for a in n.all_input_nodes if (v := first_tensor(self.env.get(a))) is not None]
+            self.missing[n] = f"downstream of {lost.name}"
+            return None
+        try:
+            with torch.set_grad_enabled(True):
+                value: Tensor = _single(super().run_node(n))
+        except _FAILURES as error:
+            text = " ".join(str(error).split())
+            self.missing[n] = f"{type(error).__name__}: {text[:200]}"
+            self.frontier += [v for a in n.all_input_nodes if (v := first_tensor(self.env.get(a))) is not None]
+            return None
+        if n in self.constant:
+            self.weights[n] = value
+        else:
+            self._look(n, value)
+        return value
+
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An input; a floating-point one is differentiated as well."""
+        value = super().placeholder(target, args, kwargs)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            # A copy, because the graph may write to its input.
+            return value.detach().requires_grad_(True) * 1
+        return value
+
+    def again(self, node: fx.Node, replace: Mapping[fx.Node, Any]) -> Any:
+        """The value of `node` with other values for some of its arguments."""
+
+        def load(a: fx.Node) -> Any:
+            if a in replace:
+                return replace[a]
+            return self.weights[a] if a in self.constant else self.env[a]
+
+        with torch.no_grad():
+            args, kwargs = fx.node.map_arg(node.args, load), fx.node.map_arg(node.kwargs, load)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _look(self, n: fx.Node, value: Any) -> None:
+        head = value[0] if isinstance(value, (tuple, list)) and value else value
+        if not isinstance(head, Tensor):
+            return
+        if self.observer is None:
+            return
+        self.uses[n] = weight_uses(n, self.constant)
+        plain = tuple(u.use for u in self.uses[n])
+        if _writes(n):
+            # Running it once more would write once more.
+            source = next((a for a in n.all_input_nodes if a in self.axes), None)
+            same = source is not None and self.shapes[source] == tuple(head.shape)
+            self.axes[n] = self.axes[source] if source is not None and same else UNKNOWN
+        else:
+            self.axes[n] = axes_of(n, value, self.axes, self.shapes, plain, lambda s, x: self.again(n, {s: x}))
+        self.shapes[n] = tuple(head.shape)
+        self.order[n] = len(self.order)
+        signal = first_tensor(value)
+        if signal is None or signal.numel() == 0:
+            return
+        observer = self.observer
+        observer.signal(self, n, signal)
+        if signal.requires_grad:
+            signal.register_hook(lambda g: observer.gradient(self, n, g))  # type: ignore[no-untyped-call]
+
+    def _finish(self, n: fx.Node) -> tuple[Tensor, ...]:
+        for node in n.all_input_nodes:
+            value = first_tensor(self.env.get(node))
+            if value is not None and node not in self.missing:
+                self.outputs.append((node, value))
+        return tuple(v for _, v in self.outputs)
+
+    def ends(self) -> list[Tensor]:
+        """Where the gradient starts: the outputs, or what was last known where none could be computed."""
+        values = [v for _, v in self.outputs] or self.frontier
+        return [v for v in values if v.requires_grad and v.numel() > 0]
+
+    def parameter_gradients(self, leaf_gradients: Mapping[tuple[fx.Node, fx.Node], Tensor]) -> dict[str, Tensor]:
+        """The gradient of every parameter: that of its places of use, through whatever makes the weight out of it."""
+        sums: dict[fx.Node, Tensor] = {}
+        for (_, source), gradient in leaf_gradients.items():
+            sums[source] = gradient if source not in sums else sums[source] + gradient
+        found: dict[str, Tensor] = {}
+        made = []
+        for source, gradient in sums.items():
+            if source.op == "get_attr":
+                key = str(source.target)
+                found[key] = gradient if key not in found else found[key] + gradient
+            else:
+                made.append((self.weights[source], gradient))
+        if made:
+            wanted = list(self.parameters.items())
+            grads = torch.autograd.grad(
+                [v for v, _ in made], [p for _, p in wanted], [g for _, g in made], allow_unused=True, retain_graph=True
+            )
+            for (key, _), gradient in zip(wanted, grads, strict=True):
+                if gradient is not None:
+                    found[key] = gradient if key not in found else found[key] + gradient
+        return found
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _single(value: Any) -> Any:
+    """float16, bfloat16 and float64 become float32: the probe is about the mathematics, not about rounding."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() and value.dtype != torch.float32 else value
+    if isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value):
+        return tuple(_single(v) for v in value)
+    return value
+
+
+def cotangents(ends: Sequence[Tensor], batch: int, generator: torch.Generator, *, shared: bool = False) -> list[Tensor]:
+    """N(0, 1) numbers over sqrt(elements per example): an example's cotangent has norm 1 in expectation.
+
+    With `shared`, every example of an output whose first axis counts examples gets the same cotangent.
+    """
+    drawn = []
+    for value in ends:
+        whole = shared and value.dim() > 0 and value.shape[0] % batch == 0
+        shape = (value.shape[0] // batch, *value.shape[1:]) if whole else tuple(value.shape)
+        c = torch.randn(shape, generator=generator).to(value.device)
+        if whole:
+            c = c.repeat(batch, *[1] * (value.dim() - 1))
+        drawn.append(c / math.sqrt(value.numel() / batch))
+    return drawn
+
+
+def batch_of(inputs: Sequence[Tensor]) -> int:
+    """The number of examples: the first size of the first input that has one."""
+    return next((int(x.shape[0]) for x in inputs if x.dim() > 0), 1)
+
+
+def backward(run: Pass, ends: list[Tensor], given: list[Tensor], *, keep: bool) -> dict[tuple[fx.Node, fx.Node], Tensor]:
+    """The gradient at every leaf that the outputs depend on. With `keep`, another backward pass can follow."""
+    for leaf in run.leaves.values():
+        leaf.grad = None
+    if ends:
+        torch.autograd.backward(ends, given, retain_graph=keep)
+    found = {}
+    for site, leaf in run.leaves.items():
+        if leaf.grad is not None:
+            found[site] = leaf.grad
+            leaf.grad = None
+    return found
+
+
+def kind_of(node: fx.Node) -> str:
+    """The role of a node in one word."""
+    return "input" if node.op == "placeholder" else role_of(node).kind

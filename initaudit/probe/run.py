@@ -1,0 +1,145 @@
+"""The probe: one forward pass, one backward pass, and what follows from them."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from initaudit.graph.calls import Use, arguments
+from initaudit.graph.constness import constant_nodes
+from initaudit.graph.graph import Graph
+from initaudit.probe.observe import SignalObserver
+from initaudit.probe.passes import Pass, backward, batch_of, cotangents
+from initaudit.probe.statistics import power
+from initaudit.probe.trace import ParameterRecord, Trace, Units, WeightRecord
+from initaudit.probe.units import compare_units
+from initaudit.probe.virtual import revived
+
+Sites = Mapping[tuple[fx.Node, fx.Node], Tensor]
+
+
+def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torch.device | str | None = None) -> Trace:
+    """Runs `graph` forward and backward on `inputs` and records what it sees.
+
+    Everything is computed in float32, whatever the dtype of the weights. The random state, the weights and the buffers of the
+    caller are left as they were; the result is the same for the same seed. Nodes that cannot be run are named in
+    `Trace.unknown`, nodes whose value is not finite in `Trace.first_non_finite`; neither raises.
+    """
+    place = None if device is None else torch.device(device)
+    with _undisturbed(seed):
+        constant = constant_nodes(graph.fx)
+        observer = SignalObserver(graph.fx, constant)
+        run = Pass(graph, constant, device=place, observer=observer)
+        given = _inputs(inputs, place)
+        run.run(*given)
+        ends, batch = run.ends(), batch_of(given)
+        drawn = cotangents(ends, batch, torch.Generator().manual_seed(seed))
+        sites = backward(run, ends, drawn, keep=False)
+        observer.close()
+        parameters = _parameters(graph, run, sites)
+        silent = [name for name, p in parameters.items() if p.gradient_zero]
+        steps = 0
+        if silent and ends and observer.first_non_finite is None:
+            steps = 2
+            after = revived(graph, constant, given, run.parameter_gradients(sites), silent, seed, place)
+            parameters = {n: _with_revival(p, after) for n, p in parameters.items()}
+        return Trace(
+            batch=batch,
+            signals=observer.signals,
+            weights=tuple(_weight_records(run, sites, observer)),
+            parameters=parameters,
+            outputs=tuple(n.name for n, _ in run.outputs),
+            first_non_finite=observer.first_non_finite,
+            first_non_finite_gradient=observer.first_non_finite_gradient,
+            unknown={n.name: reason for n, reason in run.missing.items()},
+            virtual_steps=steps,
+        )
+
+
+@contextlib.contextmanager
+def _undisturbed(seed: int) -> Iterator[None]:
+    """The caller's random state, warnings and gradient mode stay as they are."""
+    with torch.random.fork_rng(), warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        yield
+
+
+def _inputs(inputs: Sequence[Tensor], device: torch.device | None) -> list[Tensor]:
+    moved = [x.detach() if device is None else x.detach().to(device) for x in inputs]
+    return [x.float() if x.is_floating_point() else x for x in moved]
+
+
+def _parameters(graph: Graph, run: Pass, sites: Sites) -> dict[str, ParameterRecord]:
+    gradients = run.parameter_gradients(sites)
+    found = {}
+    for key, value in run.parameters.items():
+        constant = graph.constants[key]
+        gradient = gradients.get(key)
+        norm = None if gradient is None else power(gradient) ** 0.5
+        zero = gradient is None or not bool(gradient.any())
+        found[key] = ParameterRecord(
+            constant.name, constant.shape, power(value) ** 0.5, norm, zero, None if zero else 0, gradient is not None
+        )
+    return found
+
+
+def _with_revival(record: ParameterRecord, after: Mapping[str, int | None]) -> ParameterRecord:
+    if record.name not in after:
+        return record
+    return ParameterRecord(
+        record.name, record.shape, record.norm, record.gradient_norm, True, after[record.name], record.reached
+    )
+
+
+def _weight_records(run: Pass, sites: Sites, observer: SignalObserver) -> Iterator[WeightRecord]:
+    for node, uses in run.uses.items():
+        for use in uses:
+            value = run.weights.get(use.weight)
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
+                continue
+            gradient = sites.get((node, use.weight))
+            norm = power(value) ** 0.5
+            steep = None if gradient is None else power(gradient) ** 0.5
+            source = next((a for a in node.all_input_nodes if a.name in observer.signals), None)
+            seen, into = observer.signals.get(node.name), observer.signals.get(source.name) if source is not None else None
+            yield WeightRecord(
+                node=node.name,
+                weight=use.weight.name,
+                argument=use.use.argument,
+                index=use.use.index,
+                constants=_names(use.weight),
+                elements=value.numel(),
+                weight_norm=norm,
+                gradient_norm=steep,
+                trust_ratio=norm / steep if steep is not None and steep > 0 else None,
+                input_moment2=None if into is None else into.moment2,
+                output_moment2=None if seen is None else seen.moment2,
+                output_gradient_moment2=None if seen is None else seen.gradient_moment2,
+                units=_units(run, use, value, gradient),
+            )
+
+
+def _units(run: Pass, use: Use, value: Tensor, gradient: Tensor | None) -> Units | None:
+    bound = arguments(use.node)
+    bias = bound.get(use.use.bias) if use.use.bias is not None else None
+    held = run.weights.get(bias) if isinstance(bias, fx.Node) else None
+    return None if gradient is None else compare_units(value, gradient, held if isinstance(held, Tensor) else None, use.use)
+
+
+def _names(weight: fx.Node) -> tuple[str, ...]:
+    """The keys of the constants that a weight is made of."""
+    found, stack, seen = [], [weight], {weight}
+    while stack:
+        node = stack.pop()
+        if node.op == "get_attr":
+            found.append(str(node.target))
+        for a in node.all_input_nodes:
+            if a not in seen:
+                seen.add(a)
+                stack.append(a)
+    return tuple(sorted(found))

@@ -1,0 +1,101 @@
+"""The statistics of one tensor that the probe takes at every edge, cheap enough to take them all."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from initaudit.probe.axes import Axes
+
+# Squares of float32 numbers lose precision below 1e-38 and overflow above 3e38: outside this range a sum is taken in float64.
+_SAFE = (1e-24, 1e36)
+_EXAMPLES, _FEATURES = 32, 4096
+
+
+def moments(x: Tensor) -> tuple[float, float, float, bool]:
+    """(mean, second moment, largest absolute value, all finite?) of a tensor with at least one element."""
+    x = x.detach()
+    low, high = torch.aminmax(x)
+    peak = max(-low.item(), high.item())
+    square = power(x)
+    if not (math.isfinite(square) and math.isfinite(peak)):
+        return math.nan, math.nan, peak, False
+    return (x.sum().item() if peak < 1e30 else x.double().sum().item()) / x.numel(), square / x.numel(), peak, True
+
+
+def power(x: Tensor) -> float:
+    """The sum of squares; not finite exactly when an element is not."""
+    x = x.detach()
+    flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
+    if flat.dtype == torch.float32:
+        total = float(torch.dot(flat, flat).item())
+        if _SAFE[0] < total < _SAFE[1]:
+            return total
+    return float(flat.double().square().sum().item())
+
+
+def by_example(x: Tensor, axes: Axes) -> Tensor:
+    """The signal as one row an example; its batch axis must be known."""
+    assert axes.batch is not None
+    x = x.detach().movedim(axes.batch, 0)
+    if x.shape[0] == axes.examples:
+        return x.reshape(x.shape[0], -1)
+    apart = x.reshape(-1, axes.examples, axes.inner, *x.shape[1:])
+    return apart.movedim(1, 0).reshape(axes.examples, -1)
+
+
+def thin(rows: Tensor) -> Tensor:
+    """At most 32 rows by 4096 columns, evenly picked."""
+    step = max(1, -(-rows.shape[1] // _FEATURES))
+    return rows[:_EXAMPLES, ::step]
+
+
+def similarity(rows: Tensor) -> tuple[float | None, float | None]:
+    """(mean cosine between different rows, variance over rows as a share of the second moment) of an (n, d) tensor.
+
+    Sums over pairs follow from the sum of the unit vectors: |Σ u|² = n + Σ_{i≠j} cos. The spread is taken in float64, where
+    rows that differ only in the last float32 digits still show a difference of zero or of rounding size.
+    """
+    if rows.shape[0] < 2 or rows.shape[1] == 0:
+        return None, None
+    rows = rows.double()
+    norms = rows.norm(dim=1, keepdim=True)
+    total = rows.square().mean().item()
+    if not math.isfinite(total) or total == 0.0:
+        return None, None
+    spread = float((rows - rows.mean(0)).square().mean().item()) / total
+    units = rows[norms.squeeze(1) > 0] / norms[norms.squeeze(1) > 0]
+    n = units.shape[0]
+    cosine = (float(units.sum(0).square().sum().item()) - n) / (n * (n - 1)) if n > 1 else None
+    return cosine, spread
+
+
+def token_similarity(x: Tensor, batch: int, unit: int) -> tuple[float | None, float | None]:
+    """`similarity` of the positions of an example in a rank-3 tensor, averaged over at most 8 examples."""
+    (tokens,) = {0, 1, 2} - {batch, unit}
+    rows = x.detach().permute(batch, tokens, unit)[:8, :128]
+    pairs = [similarity(example) for example in rows]
+    cosines, spreads = [c for c, _ in pairs if c is not None], [s for _, s in pairs if s is not None]
+    return (
+        sum(cosines) / len(cosines) if cosines else None,
+        sum(spreads) / len(spreads) if spreads else None,
+    )
+
+
+def row_entropy(p: Tensor, axis: int) -> float | None:
+    """Mean over rows of -Σ p ln p / ln(number of entries above zero); rows with one entry (masked) say nothing."""
+    p = p.detach().movedim(axis, -1)
+    rows = p.reshape(-1, p.shape[-1])
+    rows = rows[:: max(1, rows.shape[0] // 4096)].double()
+    support = (rows > 0).sum(1)
+    # An entry that underflowed is as good as masked for the sum, but not for the support: a one-hot row of a long,
+    # unmasked softmax must not count as masked, so the support is that of the widest row among neighbours.
+    widest = support.max().item()
+    open_rows = support > 1 if widest > 1 else torch.ones_like(support, dtype=torch.bool)
+    if widest <= 1:
+        return 0.0 if p.shape[-1] > 1 else None
+    entropy = -torch.special.xlogy(rows, rows).sum(1)
+    share = entropy[open_rows] / support[open_rows].double().log()
+    return float(share.mean().item()) if share.numel() else None

@@ -1,0 +1,127 @@
+"""The records of a probe: what one forward and a few backward passes saw, in plain numbers.
+
+Moments are over every element of a tensor: `mean` is E[x], `moment2` is E[x²] (not centred). Gradients are those of
+L = sum over the outputs of <c, output>, where c has independent N(0, 1) entries over sqrt(elements per example), so that an
+example's cotangent has norm 1 in expectation, as the gradient of one cross-entropy has at most sqrt(2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One data node. None stands for "not measured here" (integers, unknown axes, no gradient path).
+
+    `order` counts data nodes in order of execution. `peak` is the largest absolute value.
+    `cosine` is the mean cosine between different examples, `spread` the variance over examples as a share of the second moment;
+    `token_cosine` and `token_spread` say the same of the positions of one example in a sequence.
+    `entropy` of a softmax or an attention is the mean entropy of its rows as a share of that of a uniform row.
+    `dead` and `saturated` are shares of units of an activation: local derivative exactly zero, or below
+    `activations.SATURATED` of its steepest, at every sampled example and position.
+    """
+
+    node: str
+    order: int
+    kind: str
+    shape: tuple[int, ...]
+    mean: float | None = None
+    moment2: float | None = None
+    peak: float | None = None
+    finite: bool = True
+    gradient_moment2: float | None = None
+    gradient_finite: bool = True
+    cosine: float | None = None
+    spread: float | None = None
+    token_cosine: float | None = None
+    token_spread: float | None = None
+    entropy: float | None = None
+    dead: float | None = None
+    saturated: float | None = None
+    slope: float | None = None
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units (rows along `o`) of a weight: how many, and how many classes of them hold equal values and biases.
+
+    `distinct` counts classes that differ in values, bias or gradient; `distinct_gradients` in gradients alone.
+    """
+
+    count: int
+    distinct_values: int
+    distinct_gradients: int
+    distinct: int
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """A weight at one place of use: `weight` is consumed by `node` as its parameter `argument` (at `index` of a list).
+
+    `constants` names the parameters that the weight is made of. Norms are Frobenius norms; `trust_ratio` is
+    norm(w) / norm(gradient) (You et al. 2017, eq. 6, without its coefficient), None where the gradient is zero.
+    """
+
+    node: str
+    weight: str
+    argument: str
+    index: int | None
+    constants: tuple[str, ...]
+    elements: int
+    weight_norm: float
+    gradient_norm: float | None
+    trust_ratio: float | None
+    input_moment2: float | None
+    output_moment2: float | None
+    output_gradient_moment2: float | None
+    units: Units | None = None
+
+
+@dataclass(frozen=True)
+class ParameterRecord:
+    """A trainable parameter: its own gradient, summed over every place of use.
+
+    `gradient_zero` means exactly zero. `revived` is then the number of virtual steps (1 or 2) after which it is not, None when
+    it stays zero; 0 for a parameter that has a gradient at once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norm: float
+    gradient_norm: float | None
+    gradient_zero: bool
+    revived: int | None = 0
+    reached: bool = True
+
+
+@dataclass(frozen=True)
+class GramRecord:
+    """The Gram matrix of per-example gradients of one scalar (the same cotangent for every example), as sketched.
+
+    `effective_rank` is exp(entropy of the eigenvalues) of the Gram matrix of the centred gradients (Roy & Vetterli 2007);
+    `centred_share` the share of the trace that centring leaves; `trace` and `top` are divided by the number of examples.
+    """
+
+    examples: int
+    effective_rank: float
+    centred_share: float
+    trace: float
+    top: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the probe saw. `unknown` maps the nodes that could not be run, or lie downstream of one, to the reason."""
+
+    batch: int
+    signals: Mapping[str, Signal]
+    weights: tuple[WeightRecord, ...]
+    parameters: Mapping[str, ParameterRecord]
+    outputs: tuple[str, ...]
+    first_non_finite: str | None = None
+    first_non_finite_gradient: str | None = None
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    gram: GramRecord | None = None
+    virtual_steps: int = 0

@@ -1,0 +1,72 @@
+"""Units that are copies of each other: equal incoming weights, equal biases and equal gradients stay equal for ever."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from initaudit.probe.trace import Units
+from initaudit.roles import WeightUse
+
+# Rows are equal when they differ by less than this share of the largest row's norm. Values are copies or they are not: only the
+# rounding of one product (normalised weights) lies between. Gradients are sums of up to a million float32 products in different
+# orders, with cancellation: 2**-24 * sqrt(1e6) = 6e-5. Rows that differ at all differ by far more.
+_VALUE, _GRADIENT = 1e-6, 1e-4
+_ROWS = 8192
+
+
+def rows(x: Tensor, use: WeightUse) -> Tensor | None:
+    """A weight (or its gradient) as a matrix with one row a unit, gates side by side in the row; None without units."""
+    if "o" not in use.axes or len(use.axes) != x.dim():
+        return None
+    axes = [i for i, a in enumerate(use.axes) if a == "o"]
+    others = [i for i in range(x.dim()) if i not in axes]
+    flat = x.permute(*axes, *others).reshape(int(torch.tensor([x.shape[i] for i in axes]).prod()), -1)
+    gates = max(1, len(use.gates))
+    if gates > 1 and flat.shape[0] % gates == 0:
+        flat = flat.view(gates, flat.shape[0] // gates, -1).movedim(0, 1).flatten(1)
+    return flat
+
+
+def classes(matrix: Tensor, tolerance: float) -> Tensor:
+    """For every row the number of its class of equal rows.
+
+    Rows are sorted by their projection on a random direction, which equal rows share, and cut where neighbours differ. A
+    difference of norm d projects to N(0, d²), so different rows pass for equal with a probability of about tolerance / d in one
+    direction; eight directions at once leave none.
+    """
+    scale = matrix.double().norm(dim=1).max()
+    count = matrix.shape[0]
+    if count == 0 or not torch.isfinite(scale) or scale == 0:
+        return torch.zeros(count, dtype=torch.long)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn((matrix.shape[1], 8), generator=generator).to(matrix.device)
+    keys = (matrix / scale).float() @ directions
+    order = torch.argsort(keys[:, 0])
+    ordered = keys[order]
+    new = (ordered[1:] - ordered[:-1]).abs().amax(1) > 4 * tolerance
+    labels = torch.zeros(count, dtype=torch.long)
+    labels[order.cpu()] = torch.cat([torch.zeros(1, dtype=torch.long), new.long().cumsum(0).cpu()])
+    return labels
+
+
+def compare_units(weight: Tensor, gradient: Tensor, bias: Tensor | None, use: WeightUse) -> Units | None:
+    """How many units of a weight differ in values (and bias), in gradients, and in either."""
+    if "v" in use.axes:
+        return None
+    values, slopes = rows(weight.detach(), use), rows(gradient, use)
+    if values is None or slopes is None or values.shape[0] > _ROWS or values.shape[0] < 2:
+        return None
+    if bias is not None and bias.dim() == 1 and bias.numel() == values.shape[0]:
+        # A bias stands apart from the weights' scale: it is compared on its own.
+        by_bias = classes(bias.detach().view(-1, 1), _VALUE)
+    else:
+        by_bias = torch.zeros(values.shape[0], dtype=torch.long)
+    by_value = torch.stack([classes(values, _VALUE), by_bias], 1)
+    by_gradient = classes(slopes, _GRADIENT)
+    both = torch.cat([by_value, by_gradient.view(-1, 1)], 1)
+    return Units(values.shape[0], _distinct(by_value), int(by_gradient.max()) + 1, _distinct(both))
+
+
+def _distinct(labels: Tensor) -> int:
+    return len({tuple(row) for row in labels.tolist()})
