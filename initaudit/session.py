@@ -37,7 +37,7 @@ def audit_all(sources: Sequence[str], config: Config, progress: Callable[[str], 
 
 def audit_one(source: str, config: Config, progress: Callable[[str], None] | None = None) -> ModelReport:
     """One model; a function of this module so that another process can be told to run it."""
-    from initaudit.audit import run_one
+    from initaudit.auditing import run_one
 
     return run_one(source, config, progress)
 

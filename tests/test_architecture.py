@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "initaudit"
 ORDER = (
     *("errors", "suggest", "location", "config", "roles", "load", "onnx_ops", "graph", "measure", "pair", "expect"),
-    *("probe", "rules", "report", "audit", "baseline", "session", "progress", "options", "testing", "cli", "__main__"),
+    *("probe", "rules", "report", "auditing", "baseline", "session", "progress", "options", "testing", "cli", "__main__"),
 )
 LIGHT = ("torch", "onnx", "numpy", "tabulate")
 

@@ -48,13 +48,8 @@ class _MetaExecutor(Executor):
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
         self.host: dict[fx.Node, torch.Tensor] = {}
-        # Numbers that only steer an operator (scales of a resize, a pad value) are read by it, so they stay real.
-        self._steering = {
-            str(n.target)
-            for n in graph.fx.nodes
-            if n.op == "get_attr"
-            and all(role_of(u).data and n not in signal_inputs(u) for u in n.users if u.op == "call_function")
-        } & {key for key, c in graph.constants.items() if math.prod(c.shape) <= _SMALL}
+        self._steering = {str(n.target) for n in _steering(graph.fx) if n.op == "get_attr"}
+        self._steering &= {key for key, c in graph.constants.items() if math.prod(c.shape) <= _SMALL}
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         constant = self.source.constants[str(target)]
@@ -76,6 +71,17 @@ def note_shape(node: fx.Node, value: Any) -> None:
         value = value[0]
     if isinstance(value, torch.Tensor):
         node.meta["shape"], node.meta["dtype"] = tuple(value.shape), value.dtype
+
+
+def _steering(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that only steer operators (scales of a resize, a pad value): these read them, so they stay real numbers."""
+    found: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes)):
+        calls = [u for u in node.users if u.op == "call_function"]
+        steers = [u in found or (bool(role_of(u).data) and node not in signal_inputs(u)) for u in calls]
+        if node.op in ("get_attr", "call_function") and steers and all(steers):
+            found.add(node)
+    return found
 
 
 def specialise(graph: Graph, inputs: Sequence[torch.Tensor]) -> Graph:

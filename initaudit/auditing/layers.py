@@ -1,0 +1,119 @@
+"""Joins what the stages found about each weight: its pairing, the moments of its values, its law and what the probe saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from initaudit.expect.expectation import Expectation, expected_variances, standard_error
+from initaudit.expect.gain import Gain, gain_of
+from initaudit.graph.graph import Graph
+from initaudit.load.checkpoint import Array
+from initaudit.measure.moments import Moments, measure
+from initaudit.onnx_ops.convert import to_numpy
+from initaudit.pair import Feeds, Pair
+from initaudit.pair.evaluate import ConstantReader
+from initaudit.probe.trace import Trace, WeightRecord
+from initaudit.rules.evidence import LayerEvidence
+
+
+class Gains:
+    """Exact gains of activations, each computed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Gain | None] = {}
+
+    def of(self, feeds: Feeds) -> Gain | None:
+        """The gain of an activation; a linear unit has gain 1 whatever constant multiplies it."""
+        activation = feeds.activation
+        if activation.name == "linear" or activation.function is None:
+            return Gain(1.0, 1.0, 0.0, 1.0, 1.0, 0.0) if activation.name in ("linear", "softmax") else None
+        custom = id(activation.function) if activation.name == "custom" else None
+        key = (activation.name, tuple(sorted(activation.parameters.items())), round(activation.scale, 9), custom)
+        if key not in self._known:
+            self._known[key] = gain_of(activation.function)
+        return self._known[key]
+
+
+def main_feed(feeds: tuple[Feeds, ...]) -> Feeds | None:
+    """The activation that a weight is judged by: the nearest that is not linear, else the nearest."""
+    return next((f for f in feeds if f.activation.name != "linear"), feeds[0] if feeds else None)
+
+
+def layer_evidence(
+    graph: Graph, pairs: tuple[Pair, ...], arrays: Mapping[str, Array], measured: Mapping[str, Moments], trace: Trace | None
+) -> tuple[LayerEvidence, ...]:
+    """One entry for each weight and operator, in forward order.
+
+    `measured` holds the moments of the stored tensors by name; a weight that was computed from stored ones is measured here.
+    """
+    values = _Values(graph, arrays, measured)
+    records = _records(trace)
+    gains = Gains()
+    found = []
+    for group in _grouped(pairs):
+        first = group[0]
+        feeds = tuple({(f.activation.name, f.path): f for p in group for f in p.feeds}.values())
+        main = main_feed(feeds)
+        gain = gains.of(main) if main is not None else None
+        moments, read = values.of(first)
+        found.append(
+            LayerEvidence(
+                pair=first,
+                pairs=group,
+                feeds=feeds,
+                moments=moments,
+                expectation=_expectation(first, moments, gain),
+                gain=gain,
+                read=read,
+                records=tuple(records[k] for p in group if (k := (p.node, p.value)) in records),
+            )
+        )
+    return tuple(found)
+
+
+def _grouped(pairs: tuple[Pair, ...]) -> list[tuple[Pair, ...]]:
+    """Places of use of one weight by one kind of operator: an unrolled recurrence uses it at every step."""
+    groups: dict[tuple[Any, ...], list[Pair]] = {}
+    for p in pairs:
+        key = (p.tensor, p.constants, p.operator, p.axes, p.shape, p.provenance if p.stored else p.value)
+        groups.setdefault(key, []).append(p)
+    return [tuple(group) for group in groups.values()]
+
+
+def _records(trace: Trace | None) -> dict[tuple[str, str], WeightRecord]:
+    return {} if trace is None else {(r.node, r.weight): r for r in trace.weights}
+
+
+def _expectation(pair: Pair, moments: Moments, gain: Gain | None) -> Expectation:
+    error = standard_error(moments.variance, moments.kurtosis, moments.count) if moments.m2 > 0 else 0.0
+    return expected_variances(
+        max(1, pair.fan_in), max(1, pair.fan_out), gain.gain if gain is not None else None, pair.overlap, error
+    )
+
+
+class _Values:
+    """Values of weights: those of the stored tensor where only its layout changed, else of the constant subgraph."""
+
+    def __init__(self, graph: Graph, arrays: Mapping[str, Array], measured: Mapping[str, Moments]) -> None:
+        self.graph, self.arrays, self.measured = graph, arrays, measured
+        self.reader = ConstantReader(graph)
+        self.nodes: dict[str, fx.Node] = {n.name: n for n in graph.fx.nodes}
+
+    def of(self, pair: Pair) -> tuple[Moments, Callable[[], np.ndarray[Any, Any]]]:
+        """The moments of the values used at a place, and how to read them."""
+        if pair.stored and pair.tensor in self.arrays and self.arrays[pair.tensor].shape == pair.shape:
+            array = self.arrays[pair.tensor]
+            moments = self.measured.get(pair.tensor)
+            return moments if moments is not None else measure(array.read()), array.read
+        node = self.nodes[pair.value]
+
+        def read() -> np.ndarray[Any, Any]:
+            value = self.reader.value(node)
+            return to_numpy(value if isinstance(value, torch.Tensor) else torch.as_tensor(value))
+
+        return measure(read()), read

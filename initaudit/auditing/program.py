@@ -1,0 +1,132 @@
+"""A checkpoint with a program: its graph, its inputs, its probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from initaudit.auditing.layers import layer_evidence
+from initaudit.config import Config
+from initaudit.errors import InitauditError, UsageError
+from initaudit.graph.execute import specialise
+from initaudit.graph.from_onnx import from_onnx
+from initaudit.graph.from_torch import from_module
+from initaudit.graph.graph import Graph
+from initaudit.load.checkpoint import Checkpoint
+from initaudit.measure.moments import Moments
+from initaudit.onnx_ops.budget import Budget, metered
+from initaudit.pair import Pair, pair
+from initaudit.probe.inputs import for_graph, for_module, load_data, match_data, parse_spec
+from initaudit.probe.run import probe
+from initaudit.probe.trace import Trace
+from initaudit.probe.verdict import Risk, judge
+from initaudit.rules.evidence import Evidence
+
+BATCH = 16  # examples of a probe: enough to compare them with each other, few enough to be done in a second or two
+# A stranger's graph may spend this much; an honest model's probe needs a small part of it.
+BUDGET = Budget(elements=2**31, total_elements=2**38, seconds=600.0)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as a graph with the inputs it is probed with; `no_probe` says why there are none."""
+
+    checkpoint: Checkpoint
+    config: Config
+    graph: Graph
+    inputs: tuple[torch.Tensor, ...] | None
+    no_probe: str
+    progress: Callable[[str], None]
+
+    def evidence(self, tensors: Mapping[str, Moments]) -> Evidence:
+        """Pairs, probes and joins."""
+        self.progress("pairing weights with activations")
+        pairs: tuple[Pair, ...] = pair(self.graph)
+        trace, risk, reason = self._probe()
+        layers = layer_evidence(self.graph, pairs, self.checkpoint.arrays, tensors, trace)
+        phase: Any = "init" if self.config.phase == "auto" else self.config.phase
+        return Evidence(self.checkpoint, self.config, phase, layers, tensors, self.graph, trace, risk, reason)
+
+    def _probe(self) -> tuple[Trace | None, Risk | None, str]:
+        if not self.config.probe:
+            return None, None, "--no-probe was given"
+        if self.inputs is None:
+            return None, None, self.no_probe
+        self.progress("probing")
+        device = None if self.config.device in ("auto", "cpu") else self.config.device
+        try:
+            with metered(BUDGET):
+                trace = probe(self.graph, self.inputs, seed=self.config.seed, device=device)
+        except (InitauditError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            # What a graph does with inputs that nobody promised to fit is the graph's matter: said, not raised.
+            return None, None, "the probe stopped: " + " ".join(str(error).split())[:200]
+        return trace, judge(self.graph, trace), ""
+
+
+def open_program(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:
+    """The program of a checkpoint, traced or read; raises UnreadableModel where a module cannot be run on any input."""
+    if isinstance(checkpoint.program, nn.Module):
+        return _module(checkpoint, config, inputs, progress)
+    return _onnx(checkpoint, config, inputs, progress)
+
+
+def _module(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:
+    module = checkpoint.program
+    keywords: Mapping[str, Any] = {}
+    batch = config.probe_batch if config.probe_batch is not None else BATCH
+    if inputs is None and config.data is not None:
+        data = load_data(config.data)
+        inputs = tuple(data.values()) if "" in data or not _names_all(module, data) else data
+    if inputs is None:
+        progress("finding inputs")
+        shapes = {name: parse_spec(name, text) for name, text in config.inputs.items()}
+        inputs, keywords = for_module(module, shapes=shapes, batch=batch, seed=config.seed)
+    elif isinstance(inputs, Mapping):
+        inputs, keywords = (), inputs
+    elif isinstance(inputs, torch.Tensor):
+        inputs = (inputs,)
+    progress("tracing")
+    graph = from_module(module, tuple(inputs), keywords)
+    return Program(checkpoint, config, graph, graph.examples, "", progress)
+
+
+def _names_all(module: nn.Module, data: Mapping[str, Any]) -> bool:
+    import inspect
+
+    return set(data) <= set(inspect.signature(module.forward).parameters)
+
+
+def _onnx(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:
+    progress("building the graph")
+    graph = from_onnx(checkpoint.program, checkpoint.arrays)
+    with metered(BUDGET):
+        try:
+            given = _inputs(graph, config, inputs)
+        except UsageError:
+            raise
+        except InitauditError as error:
+            return Program(checkpoint, config, graph, None, str(error), progress)
+        graph = specialise(graph, given)
+    return Program(checkpoint, config, graph, given, "", progress)
+
+
+def _inputs(graph: Graph, config: Config, inputs: Any) -> tuple[torch.Tensor, ...]:
+    """The inputs given, by name or in order, or made up ones."""
+    names = {i.name: i.dtype for i in graph.inputs}
+    if inputs is None and config.data is not None:
+        inputs = load_data(config.data)
+    if isinstance(inputs, torch.Tensor):
+        inputs = (inputs,)
+    if isinstance(inputs, Sequence):
+        inputs = dict(zip(names, inputs, strict=False))
+    batch = config.probe_batch if config.probe_batch is not None else BATCH
+    shapes = {name: parse_spec(name, text) for name, text in config.inputs.items()}
+    known = match_data(inputs, names) if inputs else {}
+    if known and len(known) == len(names):
+        return tuple(known[name] for name in names)
+    made = for_graph(graph, shapes=shapes, batch=batch, seed=config.seed)
+    return tuple(known.get(name, value) for name, value in zip(names, made, strict=True))

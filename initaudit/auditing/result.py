@@ -1,0 +1,123 @@
+"""From evidence and findings to the record that every report format is fed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from initaudit.measure.moments import Moments
+from initaudit.report.report import Activation, Layer, ModelReport, Verdict
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.rule import Finding
+
+
+def model_report(evidence: Evidence, findings: Sequence[Finding]) -> ModelReport:
+    """The report on one model. The verdict is that of its worst finding."""
+    risk = evidence.risk
+    graph_notes = evidence.graph.notes if evidence.graph is not None else ()
+    return ModelReport(
+        source=evidence.checkpoint.source,
+        format=evidence.checkpoint.format,
+        phase=evidence.phase,
+        verdict=verdict_of(findings),
+        risk={}
+        if risk is None
+        else {
+            "symmetry": risk.symmetry,
+            "vanishing": risk.vanishing,
+            "exploding": risk.exploding,
+            "untrainable": {"sgd": risk.untrainable_sgd, "adam": risk.untrainable_adam},
+        },
+        layers=tuple(_layer(evidence, layer) for layer in evidence.layers),
+        findings=tuple(findings),
+        depth=tuple(_depth(layer) for layer in evidence.layers) if evidence.trace is not None else (),
+        notes=(*evidence.checkpoint.notes, *graph_notes),
+        cause=risk.cause if risk is not None else "",
+    )
+
+
+def verdict_of(findings: Sequence[Finding]) -> Verdict:
+    """fail with an error, warn with a warning, else pass."""
+    worst = {f.severity for f in findings}
+    return "fail" if "error" in worst else "warn" if "warning" in worst else "pass"
+
+
+def _depth(layer: LayerEvidence) -> tuple[float | None, float | None]:
+    record = layer.records[0] if layer.records else None
+    return (record.output_moment2, record.output_gradient_moment2) if record is not None else (None, None)
+
+
+def observed(moments: Moments) -> dict[str, float | int | None]:
+    """The statistics of a tensor under the report's keys; None for what does not exist."""
+    values: dict[str, float | int | None] = {
+        "mean": moments.mean,
+        "variance": moments.variance,
+        "std": moments.std,
+        "skewness": moments.skewness,
+        "kurtosis": moments.kurtosis,
+        "min": moments.min,
+        "max": moments.max,
+        "zeros": moments.zeros,
+        "nan": moments.nan,
+        "inf": moments.inf,
+    }
+    return {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in values.items()}
+
+
+def _layer(evidence: Evidence, layer: LayerEvidence) -> Layer:
+    pair, law = layer.pair, layer.expectation
+    laws = {"xavier": law.xavier, "he": law.he, "lecun": law.lecun, "exact": law.exact}
+    variance = layer.moments.variance
+    known = math.isfinite(variance)
+    return Layer(
+        tensor=pair.tensor,
+        site=pair.site,
+        operator=pair.operator,
+        role=pair.role,
+        shape=pair.shape,
+        fan_in=pair.fan_in,
+        fan_out=pair.fan_out,
+        groups=pair.groups,
+        activations=tuple(_activations(layer)),
+        observed=observed(layer.moments),
+        expected={**laws, "standard_error": law.standard_error},
+        ratio={name: variance / value if known and value else None for name, value in laws.items()},
+        schemes=tuple({"name": fit.name, "p_value": fit.p_value} for fit in layer.recognition.schemes)
+        if layer.recognition
+        else (),
+        phase=layer.recognition.verdict if layer.recognition else "unknown",
+        probe=_probe(evidence, layer),
+        provenance=pair.provenance,
+        location={"file": pair.location.file, "line": pair.location.line},
+    )
+
+
+def _activations(layer: LayerEvidence) -> list[Activation]:
+    from initaudit.auditing.layers import Gains
+
+    gains = Gains()
+    found = []
+    for feed in layer.feeds:
+        gain = gains.of(feed)
+        name = feed.activation.name
+        found.append(Activation(name, gain.gain if gain is not None else None, feed.path, dict(feed.activation.parameters)))
+    return found
+
+
+def _probe(evidence: Evidence, layer: LayerEvidence) -> dict[str, Any]:
+    if not layer.records or evidence.trace is None:
+        return {}
+    record = layer.records[0]
+    signals = [evidence.trace.signals[f.node] for f in layer.feeds if f.node in evidence.trace.signals]
+    dead = [s.dead for s in signals if s.dead is not None]
+    saturated = [s.saturated for s in signals if s.saturated is not None]
+    gradients = [r.gradient_norm for r in layer.records if r.gradient_norm is not None]
+    return {
+        "forward_moment2": record.output_moment2,
+        "gradient_moment2": record.output_gradient_moment2,
+        "weight_gradient_norm": math.sqrt(sum(g * g for g in gradients)) if gradients else None,
+        "trust_ratio": record.trust_ratio,
+        "dead": max(dead, default=None),
+        "saturated": max(saturated, default=None),
+    }

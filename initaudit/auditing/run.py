@@ -1,0 +1,164 @@
+"""One model from its source to its report, and the Python interface `initaudit.audit`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from initaudit.auditing.result import model_report
+from initaudit.config import Config
+from initaudit.errors import InitauditError, UsageError
+from initaudit.load import from_module, load, load_proto
+from initaudit.load.checkpoint import Array, Checkpoint
+from initaudit.measure.moments import Moments, measure
+from initaudit.report.report import Layer, ModelReport, Verdict
+from initaudit.rules.evidence import Evidence
+from initaudit.rules.rule import Finding
+
+if TYPE_CHECKING:
+    from initaudit.auditing.program import Program
+
+Progress = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    """Nobody is waiting at a terminal."""
+
+
+class Audit:
+    """The audit of one model: what was found, as records and as the JSON document's plain values."""
+
+    def __init__(self, report: ModelReport) -> None:
+        self.report = report
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "pass", "warn" or "fail"."""
+        return self.report.verdict
+
+    @property
+    def risk(self) -> Mapping[str, Any]:
+        """Probabilities: symmetry, vanishing, exploding, untrainable (sgd, adam); empty where no probe was run."""
+        return self.report.risk
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """One record for each weight at each kind of use, in forward order."""
+        return self.report.layers
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """The findings in force, the worst first."""
+        return self.report.findings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The model's entry of the JSON report."""
+        from initaudit.report.as_json import model_dict
+
+        return model_dict(self.report)
+
+    def __repr__(self) -> str:
+        """The verdict and how many findings of which severity."""
+        return f"<Audit {self.report.source}: {self.verdict}, {len(self.findings)} findings>"
+
+
+def audit(model: Any, inputs: Any = None, *, config: Config | Mapping[str, Any] | None = None) -> Audit:
+    """Audits `model`: a path, a `torch.nn.Module` or an `onnx.ModelProto`.
+
+    `inputs` are example inputs: a tensor, a tuple of them, or a mapping by name; they are made up where None. `config` is a
+    `Config` or a mapping of its fields. Raises UnreadableModel where the model cannot be read or run, UsageError for inputs or
+    configuration that mean nothing.
+    """
+    settings = config if isinstance(config, Config) else Config(**_known(config or {}))
+    if isinstance(model, (str, os.PathLike)):
+        checkpoint = load(model)
+    elif hasattr(model, "graph") and hasattr(model, "opset_import"):
+        checkpoint = load_proto(model)
+    elif hasattr(model, "named_parameters") and callable(model):
+        checkpoint = from_module(model)
+    else:
+        kind = type(model).__name__
+        raise UsageError("audit", f"a {kind} was given", "a path, a torch.nn.Module or an onnx.ModelProto")
+    return Audit(_in_force(report_on(checkpoint, settings, inputs=inputs), settings))
+
+
+def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+    from initaudit.suggest import did_you_mean
+
+    names = [f.name for f in dataclasses.fields(Config)]
+    for name in fields:
+        if name not in names:
+            raise UsageError(
+                f"config: {name}", "no such setting", advice=did_you_mean(name, names) or "one of " + ", ".join(names)
+            )
+    return dict(fields)
+
+
+def _in_force(report: ModelReport, config: Config) -> ModelReport:
+    from initaudit.auditing.result import verdict_of
+    from initaudit.rules.selection import in_force
+
+    findings = in_force(report.findings, config)
+    return dataclasses.replace(report, findings=findings, verdict=verdict_of(findings))
+
+
+def run_one(source: str, config: Config, progress: Progress | None = None) -> ModelReport:
+    """The report on one source of the command line; a model that cannot be read or run has its `error` set, never raised."""
+    say = progress if progress is not None else _silent
+    try:
+        say(f"{source}: reading")
+        report = report_on(load(source), config, progress=lambda label: say(f"{source}: {label}"))
+        return dataclasses.replace(_in_force(report, config), source=source)
+    except InitauditError as error:
+        text = str(error)
+        line = text if source in text else f"{source}: {text}"
+        return ModelReport(source, "unknown", error=line)
+
+
+def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = _silent) -> ModelReport:
+    """The report on a checkpoint that has been opened."""
+    from initaudit.rules.roots import findings_of
+
+    evidence = gather(checkpoint, config, inputs=inputs, progress=progress)
+    progress("judging")
+    return model_report(evidence, findings_of(evidence))
+
+
+def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = _silent) -> Evidence:
+    """Runs the stages in order: measure, graph, pair, expect, probe. Nothing is judged here."""
+    tensors, unreadable = measure_all(checkpoint.arrays, progress)
+    checkpoint = dataclasses.replace(checkpoint, problems=(*checkpoint.problems, *unreadable))
+    if checkpoint.program is None:
+        return Evidence(checkpoint, config, _asked(config), (), tensors, no_probe="the file holds weights and no program")
+    from initaudit.auditing.program import open_program
+
+    program: Program = open_program(checkpoint, config, inputs, progress)
+    return program.evidence(tensors)
+
+
+def _asked(config: Config) -> Any:
+    return "unknown" if config.phase == "auto" else config.phase
+
+
+def measure_all(arrays: Mapping[str, Array], progress: Progress) -> tuple[dict[str, Moments], Sequence[Any]]:
+    """The moments of every floating-point array, shared bytes once; arrays that cannot be read become problems (IA001)."""
+    from initaudit.load.checkpoint import Problem
+
+    found: dict[str, Moments] = {}
+    by_storage: dict[tuple[str, tuple[int, ...]], Moments] = {}
+    problems = []
+    for name, array in arrays.items():
+        if not array.dtype.startswith(("float", "bfloat")):
+            continue
+        key = (array.storage, array.shape)
+        if array.storage and key in by_storage:
+            found[name] = by_storage[key]
+            continue
+        progress(f"measuring {name}")
+        try:
+            found[name] = by_storage[key] = measure(array.read())
+        except InitauditError as error:
+            problems.append(Problem("IA001", name, str(error)))
+    return found, problems
