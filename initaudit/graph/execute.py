@@ -42,7 +42,7 @@ class Executor(fx.Interpreter):
         return None if n.meta.get("tainted") else super().run_node(n)
 
 
-class _MetaExecutor(Executor):
+class MetaExecutor(Executor):
     """Runs on the meta device: floating-point data has a shape only, integers about shapes stay real and on the host."""
 
     def __init__(self, graph: Graph) -> None:
@@ -90,7 +90,7 @@ def specialise(graph: Graph, inputs: Sequence[torch.Tensor]) -> Graph:
     The run takes place on the meta device, which costs no arithmetic. Where it ends early, because a shape depends on data or
     an operator has no meta kernel, a note says so and the shapes downstream are left unknown.
     """
-    runner = _MetaExecutor(graph)
+    runner = MetaExecutor(graph)
     flat = [i.to("meta") if i.is_floating_point() else i for i in inputs]
     notes = graph.notes
     with torch.no_grad():

@@ -226,7 +226,13 @@ class _Builder:
         return copy
 
     def _floating_constant(self, value: Any) -> bool:
-        return isinstance(value, fx.Node) and value.op == "get_attr" and value.meta["dtype"].is_floating_point
+        """Whether a value is a floating-point constant, seen through changes of layout."""
+        while isinstance(value, fx.Node) and value.op == "call_function" and not value.meta.get("tainted"):
+            known = registry.lookup(value.meta.get("onnx", ""))
+            if known is None or known.role.kind != "passthrough" or known.name == "Cast":
+                return False
+            value = value.args[0] if value.args else None
+        return isinstance(value, fx.Node) and value.op == "get_attr" and bool(value.meta["dtype"].is_floating_point)
 
     def _batch_statistics(self, given: list[Any], attributes: Mapping[str, Any]) -> bool:
         """Running statistics at 0 and 1 have seen no data: training will replace them by those of the batch."""
