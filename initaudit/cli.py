@@ -273,6 +273,8 @@ def _audit(models: tuple[str, ...], config: Config, *, verbose: bool = False) ->
         report = audit_all(models, config, progress, tuple(cli.commands))
     for model in report.models:
         if model.error is not None:
+            # Notes about a model that was not read are the trace of a fault of ours.
+            click.echo("".join(model.notes), err=True, nl=False)
             _complain(model.error)
     return replace(report, seconds=time.monotonic() - began)
 

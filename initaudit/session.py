@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -25,7 +26,7 @@ def audit_all(sources: Sequence[str], config: Config, progress: Callable[[str], 
     if config.jobs > 1 and len(jobs) > 1:
         models = list(_side_by_side(jobs, min(config.jobs, len(jobs))))
     else:
-        models = [audit_one(source, its, progress) for source, its in jobs]
+        models = [_audited(source, its, progress) for source, its in jobs]
     done = []
     for model, (_, its), given in zip(models, jobs, sources, strict=True):
         if model.error is not None:
@@ -42,13 +43,21 @@ def audit_one(source: str, config: Config, progress: Callable[[str], None] | Non
     return run_one(source, config, progress)
 
 
+def _audited(source: str, config: Config, progress: Callable[[str], None] | None = None) -> ModelReport:
+    try:
+        return audit_one(source, config, progress)
+    except Exception as error:  # noqa: BLE001 - a fault of ours in one model must leave the others audited; it is shown whole
+        text = f"{source}: an internal error, not a finding about the model: {type(error).__name__}: {error}"
+        return ModelReport(source, "unknown", notes=("".join(traceback.format_exception(error)),), error=text)
+
+
 def _side_by_side(jobs: Sequence[tuple[str, Config]], workers: int) -> Iterator[ModelReport]:
     # Each process would otherwise start as many threads as there are cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     # A forked child of a process in which torch has started threads can hang.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
-            yield from pool.map(audit_one, *zip(*jobs, strict=True))
+            yield from pool.map(_audited, *zip(*jobs, strict=True))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -363,10 +363,11 @@ def test_watch_audits_again_when_a_file_changes(capsys, monkeypatch, tmp_path):
 
 
 def test_an_internal_error_is_no_finding(capsys):
-    status, out, err = run(capsys, "crash")
-    assert (status, out) == (2, "")
+    status, out, err = run(capsys, "crash", "bad")
+    assert status == 2
     assert "ValueError: a fault of ours" in err
     assert "internal error" in err
+    assert "IA301" in out, "the others are audited"
 
 
 def test_every_shell_gets_its_completion(capsys):
