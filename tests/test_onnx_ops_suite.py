@@ -38,6 +38,11 @@ def test_exactly_the_documented_tests_of_the_suite_fail():
     assert len(failures) <= 0.005 * len(cases)
 
 
+def test_exactly_the_documented_tests_of_narrow_types_fail():
+    failures = {case.name: why for case in onnx_suite.executed() if (why := onnx_suite.run(case))}
+    assert set(failures) == documented("Tests of narrow types that fail"), failures
+
+
 def test_a_wrong_output_is_noticed():
     """Of all cases with a floating-point output, shifted by 5 % and 0.05, at most one in two hundred passes."""
     noticed = missed = 0

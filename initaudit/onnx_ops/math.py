@@ -272,15 +272,23 @@ def BitShift(x: Tensor, y: Tensor, *, direction: str) -> Tensor:
     """x shifted by y bits to the "LEFT" or "RIGHT"; zeros come in, and all bits are gone from the width on."""
     width = 8 * x.element_size()
     x, y = together(x, y)
-    amount = y.to(torch.int64)
+    signed = x.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+    amount = _signed(y)[0].to(torch.int64)
+    # A shift by a negative amount is one by a huge unsigned amount.
+    gone = (amount < 0) | (amount >= width)
     held = amount.clamp(0, width - 1)
-    wide = _signed(x)[0].to(torch.int64) & (2**width - 1 if width < 64 else -1)
+    wide = _signed(x)[0].to(torch.int64)
+    if not signed:
+        wide = wide & (2**width - 1 if width < 64 else -1)
     if direction == "LEFT":
-        shifted = wide << held
+        shifted = torch.where(gone, 0, wide << held)
+    elif signed:
+        shifted = wide >> torch.where(gone, width - 1, held)
     else:
         # torch shifts in copies of the sign bit, which only 64-bit values have here.
-        shifted = (wide >> held) & ~torch.where(held > 0, torch.tensor(-1, device=x.device) << (64 - held).clamp(max=63), 0)
-    return torch.where(amount < width, shifted, 0).to(_signed(x)[0].dtype).view(x.dtype)
+        kept = ~torch.where(held > 0, torch.tensor(-1, device=x.device) << (64 - held).clamp(max=63), 0)
+        shifted = torch.where(gone, 0, (wide >> held) & kept)
+    return shifted.to(_signed(x)[0].dtype).view(x.dtype)
 
 
 @operator(Role("passthrough", "bit_cast", data=("input",)))

@@ -134,7 +134,21 @@ def Split(
     return pieces[0] if outputs == 1 and len(pieces) == 1 else tuple(pieces) if outputs > 1 else pieces[0]
 
 
-def to_type(value: Tensor, kind: torch.dtype, saturate: bool = True) -> Tensor:
+def _power_of_two(value: Tensor, saturate: bool, round_mode: str) -> Tensor:
+    """The magnitude as an 8-bit exponent (float8_e8m0fnu): the power of two above, below or nearest; nan beyond."""
+    wide = value.to(torch.float32).abs()
+    fraction, exponent = torch.frexp(wide)
+    least = {"up": 0.5, "nearest": 0.75, "down": 1.0}[round_mode]
+    above = fraction > least if round_mode == "up" else fraction >= least
+    code = exponent.to(torch.int64) - 1 + above.to(torch.int64) + 127
+    code = torch.where(wide == 0, 0, code)
+    code = torch.where(torch.isinf(wide), 255, code)
+    code = code.clamp(0, 254) if saturate else torch.where(code > 254, 255, code.clamp(min=0))
+    power: Tensor = torch.where(torch.isnan(wide), 255, code).to(torch.uint8).view(torch.float8_e8m0fnu)
+    return power
+
+
+def to_type(value: Tensor, kind: torch.dtype, saturate: bool = True, round_mode: str = "up") -> Tensor:
     """The value in another type as the standard converts it: towards zero to integers, saturated to 8-bit floats.
 
     Integers of fewer than 8 bits are held one a byte.
@@ -149,12 +163,18 @@ def to_type(value: Tensor, kind: torch.dtype, saturate: bool = True) -> Tensor:
             whole = whole - 2**bits * (whole >= 2 ** (bits - 1))
         narrow: Tensor = whole.to(held).view(kind)
         return narrow
+    if kind == torch.float8_e8m0fnu:
+        return _power_of_two(value, saturate, round_mode)
     if kind.is_floating_point and kind.itemsize == 1:
         largest = torch.finfo(kind).max
         wide = value.to(torch.float32)
         limited = wide.clamp(-largest, largest)
+        if not saturate:
+            # The largest value is 448, the next would be 480: beyond 464 there is no number, where torch saturates.
+            nothing = torch.full_like(wide, math.nan)
+            return (torch.where(wide.abs() > 464, nothing, wide) if kind == torch.float8_e4m3fn else wide).to(kind)
         # Saturation is for finite values and infinities alike; nan stays nan.
-        return (limited if saturate else wide).to(kind)
+        return limited.to(kind)
     if value.is_floating_point() and not kind.is_floating_point and kind != torch.bool:
         # A negative float is undefined as an unsigned integer in C; by way of int64 it wraps, as in the reference.
         return value.to(torch.int64).to(kind) if kind != torch.uint64 else value.to(kind)
@@ -164,13 +184,13 @@ def to_type(value: Tensor, kind: torch.dtype, saturate: bool = True) -> Tensor:
 @operator(_passthrough("cast", "input"))
 def Cast(input: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
     """The input in another element type; booleans are what is not zero."""
-    return to_type(input, torch_type(to), bool(saturate))
+    return to_type(input, torch_type(to), bool(saturate), round_mode)
 
 
 @operator(_passthrough("cast", "input"))
 def CastLike(input: Tensor, target_type: Tensor, *, saturate: int = 1, round_mode: str = "up") -> Tensor:
     """The input in the element type of another tensor."""
-    return to_type(input, target_type.dtype, bool(saturate))
+    return to_type(input, target_type.dtype, bool(saturate), round_mode)
 
 
 @operator(_passthrough("dropout"))
