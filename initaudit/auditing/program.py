@@ -20,7 +20,8 @@ from initaudit.load.checkpoint import Checkpoint
 from initaudit.measure.moments import Moments
 from initaudit.onnx_ops.budget import Budget, metered
 from initaudit.pair import Pair, pair
-from initaudit.probe.inputs import for_graph, for_module, load_data, match_data, parse_spec
+from initaudit.probe.graph_inputs import for_graph
+from initaudit.probe.inputs import for_module, load_data, match_data, parse_spec
 from initaudit.probe.run import probe
 from initaudit.probe.trace import Trace
 from initaudit.probe.verdict import Risk, judge
