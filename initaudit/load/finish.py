@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
@@ -30,7 +30,8 @@ def finish(checkpoint: Checkpoint) -> Checkpoint:
         first = f"{show(empty[0])} has no elements"
         rest = f" and {len(empty) - 1} more have none" if len(empty) > 1 else ""
         advice = "a sharded run (ZeRO-3, FSDP) saved a rank's placeholder: gather the full state before saving"
-        problems.append(Problem("IA502", empty[0], f"{first}{rest}; {advice}"))
+        problem = Problem("IA502", empty[0], f"{first}{rest}; {advice}")
+        problems += [] if problem in problems else [problem]
     return replace(checkpoint, arrays=arrays, problems=tuple(problems), notes=checkpoint.notes + notes)
 
 
@@ -40,27 +41,33 @@ def _learns(array: Array) -> bool:
 
 
 def strip_wrappers(arrays: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """`arrays` without the prefixes of wrappers that stand before every name, and a note for each kind of prefix.
+    """`arrays` under the names of `strip_names`, and a note for each prefix that was taken off."""
+    names, stripped = strip_names(arrays)
+    notes = tuple(f"prefix '{prefix}' stripped" for prefix in stripped)
+    return {names[old]: array if old == names[old] else replace(array, name=names[old]) for old, array in arrays.items()}, notes
+
+
+def strip_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """What each name is without the prefixes of wrappers that stand before all of them, and these prefixes.
 
     torch.compile and FSDP also put theirs in the middle (`layers._orig_mod.0`), where they belong to no name of the model.
     """
-    named = dict(arrays)
+    found = {name: name for name in names}
     stripped: list[str] = []
     changed = True
-    while changed and named:
+    while changed and found:
         changed = False
         for prefix in WRAPPERS:
-            if all(name.startswith(prefix) and len(name) > len(prefix) for name in named):
-                named = {name.removeprefix(prefix): array for name, array in named.items()}
+            if all(name.startswith(prefix) and len(name) > len(prefix) for name in found.values()):
+                found = {old: name.removeprefix(prefix) for old, name in found.items()}
                 stripped.append(prefix)
                 changed = True
     for infix in WRAPPERS[1:]:
-        renamed = {name.replace(f".{infix}", ".").removeprefix(infix): array for name, array in named.items()}
-        if len(renamed) == len(named) and renamed.keys() != named.keys():
-            named = renamed
+        renamed = {old: name.replace(f".{infix}", ".").removeprefix(infix) for old, name in found.items()}
+        if renamed != found and len(set(renamed.values())) == len(found):
+            found = renamed
             stripped.append(infix)
-    notes = tuple(f"prefix '{prefix}' stripped" for prefix in dict.fromkeys(stripped))
-    return {name: array if array.name == name else replace(array, name=name) for name, array in named.items()}, notes
+    return found, tuple(dict.fromkeys(stripped))
 
 
 def name_packings(arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -31,7 +31,8 @@ TORCH_DTYPES = {name: name for name in _SAME_NAME.split()} | {
 }  # fmt: skip
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
+def sizes(value: Any) -> tuple[int, ...]:
+    """A torch.Size, or a tuple of whole numbers; raises TypeError for anything else."""
     if isinstance(value, Call):  # torch.Size((2, 3))
         value = value.args[0] if value.args else ()
     if not isinstance(value, (tuple, list)) or not all(isinstance(size, int) for size in value):
@@ -60,7 +61,7 @@ def _tensor(machine: Machine, args: tuple[Any, ...]) -> Tensor:
     """_rebuild_tensor(storage, offset, size, stride) and _rebuild_tensor_v2(..., requires_grad, hooks, metadata)."""
     storage = _storage(args[0])
     grad = bool(args[4]) if len(args) > 4 else False
-    return Tensor(storage, _whole(args[1]), _sizes(args[2]), _sizes(args[3]), storage.dtype, requires_grad=grad)
+    return Tensor(storage, _whole(args[1]), sizes(args[2]), sizes(args[3]), storage.dtype, requires_grad=grad)
 
 
 def _whole(value: Any) -> int:
@@ -73,7 +74,7 @@ def _tensor_v3(machine: Machine, args: tuple[Any, ...]) -> Tensor:
     """_rebuild_tensor_v3(untyped storage, offset, size, stride, requires_grad, hooks, dtype, metadata)."""
     storage = _storage(args[0])
     return Tensor(
-        storage, _whole(args[1]), _sizes(args[2]), _sizes(args[3]), torch_dtype(args[6]), requires_grad=bool(args[4])
+        storage, _whole(args[1]), sizes(args[2]), sizes(args[3]), torch_dtype(args[6]), requires_grad=bool(args[4])
     )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def _from_type(machine: Machine, args: tuple[Any, ...]) -> Any:
 
 def _meta_tensor(machine: Machine, args: tuple[Any, ...]) -> Tensor:
     """_rebuild_meta_tensor_no_storage(dtype, size, stride, requires_grad)."""
-    size, stride = _sizes(args[1]), _sizes(args[2])
+    size, stride = sizes(args[1]), sizes(args[2])
     storage = Storage(
         "meta", torch_dtype(args[0]), math.prod(size), None, problem="was saved from the meta device: it has no values"
     )
@@ -168,7 +169,7 @@ def _from_buffer(machine: Machine, args: tuple[Any, ...]) -> Any:
     """numpy._core.numeric._frombuffer(buffer, dtype, shape, order)."""
     if not isinstance(args[0], bytes) or not isinstance(args[1], Dtype):
         return NotImplemented
-    return NdArray(_sizes(args[2]), args[1], args[3] == "F", Span.of_bytes(Path("."), args[0]))
+    return NdArray(sizes(args[2]), args[1], args[3] == "F", Span.of_bytes(Path("."), args[0]))
 
 
 def _scalar(machine: Machine, args: tuple[Any, ...]) -> Any:
@@ -183,7 +184,7 @@ def _set_numpy_state(machine: Machine, args: tuple[Any, ...]) -> None:
     if isinstance(target, Dtype):
         target.big_endian = state[1] == ">"
         return
-    target.shape, target.dtype, target.fortran = _sizes(state[-4]), state[-3], bool(state[-2])
+    target.shape, target.dtype, target.fortran = sizes(state[-4]), state[-3], bool(state[-2])
     raw = state[-1]
     if isinstance(raw, str):  # written by Python 2
         raw = raw.encode("latin-1")

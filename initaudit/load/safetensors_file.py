@@ -61,7 +61,7 @@ def load(path: Path) -> Checkpoint:
         part = data.part(begin, end - begin)
         arrays[name] = Array(name, shape, dtype, _reader(part, dtype, shape))
     _check_spans(spans, data.length, where)
-    return finish(Checkpoint(str(path), FORMAT, arrays, problems=tuple(problems), metadata={"metadata": metadata}))
+    return finish(Checkpoint(str(path), FORMAT, arrays, problems=tuple(problems), metadata=metadata))
 
 
 def _reader(span: Span, dtype: str, shape: tuple[int, ...]) -> Any:

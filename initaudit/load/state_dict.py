@@ -40,9 +40,9 @@ def checkpoint_of(root: Any, source: str, format: str, where: str, recorder: Rec
     weights = [
         (path[len(prefix) :] or path, leaf, trainable) for group in found.groups.values() for path, leaf, trainable in group
     ]
-    arrays = _arrays(weights, where, problems)
-    optimizer = _arrays(found.optimizer, where, problems)
-    if not arrays and not problems:
+    arrays = named_arrays(weights, where, problems)
+    optimizer = named_arrays(found.optimizer, where, problems)
+    if not arrays and not optimizer and not problems:
         raise UnreadableModel(where, "no tensors in it", "a checkpoint with weights")
     metadata = {**_scalars(root), **fields.pop("metadata", {})}
     notes = (*fields.pop("notes", ()), *found.notes)
@@ -52,7 +52,8 @@ def checkpoint_of(root: Any, source: str, format: str, where: str, recorder: Rec
     return finish(made)
 
 
-def _arrays(found: list[Leaf], where: str, problems: list[Problem]) -> dict[str, Array]:
+def named_arrays(found: list[Leaf], where: str, problems: list[Problem]) -> dict[str, Array]:
+    """The arrays of `found` by their dotted paths; what cannot be read goes to `problems` as IA001."""
     arrays: dict[str, Array] = {}
     for path, leaf, trainable in found:
         name = ".".join(path) or "tensor"

@@ -21,6 +21,7 @@ from initaudit.load.zip_entries import Entry, is_zip, read_entries
 
 FORMAT = "torch_zip"
 MAX_PICKLE = 256 << 20  # bytes of a pickle; tensors are no part of it
+MAIN = ("data.pkl", "constants.pkl")  # what torch.load and torch.jit.load open
 Entries = dict[str, list[Entry]]
 
 
@@ -52,10 +53,19 @@ def load(path: Path) -> Checkpoint:
     where = show(path, 200)
     entries = read_entries(Span.of_file(path))
     recorder = Recorder()
+    root = _roots(entries, where, recorder)
+    notes = (*hidden_notes(entries), *read_hidden(entries, where, recorder))
+    return checkpoint_of(root, str(path), FORMAT, where, recorder, notes=notes)
+
+
+def read_archive(span: Span, where: str, recorder: Recorder) -> Any:
+    """The value of a torch.save archive that stands inside another file."""
+    return _roots(read_entries(span), where, recorder)
+
+
+def _roots(entries: Entries, where: str, recorder: Recorder) -> Any:
     roots = [read_pickle(entries, name, where, recorder) for name in entries if name.rpartition("/")[2] == "data.pkl"]
-    notes = hidden_notes(entries)
-    notes += tuple(read_hidden(entries, where, recorder))
-    return checkpoint_of(roots[0] if len(roots) == 1 else roots, str(path), FORMAT, where, recorder, notes=notes)
+    return roots[0] if len(roots) == 1 else roots
 
 
 def hidden_notes(entries: Entries) -> tuple[str, ...]:
@@ -69,7 +79,7 @@ def read_hidden(entries: Entries, where: str, recorder: Recorder) -> list[str]:
     """Reads every other member that is a pickle for what it would run; a loader may be told to open it."""
     notes = []
     for name, found in entries.items():
-        if name.rpartition("/")[2] == "data.pkl" or not found:
+        if name.rpartition("/")[2] in MAIN or not found:
             continue
         for entry in found:
             front = entry.span.part(0, min(2, entry.span.length)).read() if entry.method == 0 else b""

@@ -1,0 +1,115 @@
+"""Exported programs (torch.export.save, .pt2): weights and constants; the graph is not loaded.
+
+Since PyTorch 2.8 an archive keeps each tensor as a raw member that a JSON file describes; before, two torch.save archives
+stood inside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from initaudit.errors import UnreadableModel
+from initaudit.load.checkpoint import Array, Checkpoint, Problem
+from initaudit.load.pickle_arrays import as_array, code_problems, leaves
+from initaudit.load.pickle_values import Recorder, Storage, Tensor
+from initaudit.load.spans import Span, show
+from initaudit.load.torch_zip import hidden_notes, main_pickles, read_archive, read_hidden, safe_entries
+from initaudit.load.zip_entries import Entry, is_zip, read_entries
+
+FORMAT = "exported_program"
+MAX_JSON = 64 << 20
+# torch/_export/serde/schema.py, ScalarType
+SCALAR_TYPES = {
+    1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64", 10: "complex64",
+    11: "complex128", 12: "bool", 13: "bfloat16", 28: "uint16", 29: "float8_e4m3fn", 30: "float8_e5m2",
+    31: "float8_e4m3fnuz", 32: "float8_e5m2fnuz",
+}  # fmt: skip
+Entries = dict[str, list[Entry]]
+
+
+def recognise(path: Path, head: bytes) -> bool:
+    """True for an archive that describes an exported program."""
+    return is_zip(head) and not main_pickles(path, head) and any(_is_mark(name) for name in safe_entries(path))
+
+
+def _is_mark(name: str) -> bool:
+    return name.rpartition("/")[2] in ("archive_format", "serialized_exported_program.json")
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads the archive at `path`; raises `UnreadableModel` where it is broken or holds no tensor."""
+    where = show(path, 200)
+    entries = read_entries(Span.of_file(path))
+    arrays: dict[str, Array] = {}
+    problems: list[Problem] = []
+    recorder = Recorder()
+    for name, found in entries.items():
+        if name.endswith(("_weights_config.json", "_constants_config.json")):
+            for array in _described(entries, name, where, problems, recorder):
+                arrays.setdefault(array.name, array)
+        elif found and is_zip(found[0].span.part(0, min(4, found[0].span.length)).read()):
+            value = read_archive(found[0].data(), f"{where}: {show(name)}", recorder)
+            if "state_dict" in name or name.endswith("serialized_constants.pt"):
+                arrays.update(_leaves_of(value, where, problems))
+    notes = (*hidden_notes(entries), *read_hidden(entries, where, recorder))
+    problems += code_problems(recorder)
+    if not arrays and not problems:
+        raise UnreadableModel(where, "an exported program without weights")
+    learned = {name: a if "float" in a.dtype else replace(a, trainable=False) for name, a in arrays.items()}
+    return Checkpoint(str(path), FORMAT, learned, problems=tuple(problems), notes=notes)
+
+
+def _leaves_of(value: Any, where: str, problems: list[Problem]) -> dict[str, Array]:
+    arrays = {}
+    for path, leaf, trainable in leaves(value):
+        name = ".".join(path)
+        try:
+            arrays[name] = as_array(leaf, name, where, trainable)
+        except UnreadableModel as error:
+            problems.append(Problem("IA001", name, str(error)))
+    return arrays
+
+
+def _described(entries: Entries, name: str, where: str, problems: list[Problem], recorder: Recorder) -> Iterator[Array]:
+    """The tensors that one JSON file describes; each names a member beside that file."""
+    entry = entries[name][0]
+    if entry.size > MAX_JSON:
+        raise UnreadableModel(where, f"{show(name)} of {entry.size} bytes", f"at most {MAX_JSON}")
+    folder = name.rpartition("/")[0]
+    try:
+        config = json.loads(entry.data().read())["config"]
+        tensors = list(config.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UnreadableModel(where, f"{show(name)} is not the table it should be", advice="the file is damaged") from error
+    for tensor, meta in tensors:
+        try:
+            yield _one(entries, folder, str(tensor), meta, where, recorder)
+        except UnreadableModel as error:
+            problems.append(Problem("IA001", str(tensor), str(error)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problems.append(Problem("IA001", str(tensor), f"{where}: {show(tensor)} is described wrongly ({show(error)})"))
+
+
+def _one(entries: Entries, folder: str, name: str, meta: dict[str, Any], where: str, recorder: Recorder) -> Array:
+    label = f"{where}: {show(name)}"
+    member = f"{folder}/{meta['path_name']}"
+    if member not in entries:
+        raise UnreadableModel(label, f"its member {show(member)} is missing from the archive")
+    span = entries[member][0].data()
+    if meta.get("use_pickle"):
+        for _, leaf, _ in leaves(read_archive(span, label, recorder)):
+            return as_array(leaf, name, where, bool(meta.get("is_param")))
+        raise UnreadableModel(label, f"no tensor in {show(member)}")
+    about = meta["tensor_meta"]
+    dtype = SCALAR_TYPES.get(about["dtype"])
+    if dtype is None:
+        raise UnreadableModel(label, f"the scalar type {show(about['dtype'])}, which is not read")
+    shape, stride = (tuple(int(size["as_int"]) for size in about[key]) for key in ("sizes", "strides"))
+    item = Span.of_bytes(span.path, b"").array(dtype, (0,)).itemsize
+    storage = Storage(member, dtype, span.length // item, span)
+    tensor = Tensor(storage, int(about["storage_offset"]["as_int"]), shape, stride, dtype)
+    return as_array(tensor, name, where, bool(meta.get("is_param")))

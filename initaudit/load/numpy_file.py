@@ -1,0 +1,102 @@
+"""NumPy's .npy and .npz. An array of objects is a pickle: what that would run is named, and it is never unpickled."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+
+from initaudit.errors import UnreadableModel
+from initaudit.load.checkpoint import Array, Checkpoint, Problem
+from initaudit.load.finish import finish
+from initaudit.load.pickle_arrays import code_problems
+from initaudit.load.pickle_globals import KNOWN
+from initaudit.load.pickle_machine import Machine
+from initaudit.load.pickle_reader import BrokenPickle, read
+from initaudit.load.pickle_values import Recorder
+from initaudit.load.spans import Span, check_bytes, reason, show
+from initaudit.load.torch_stream import nested
+from initaudit.load.torch_zip import hidden_notes, safe_entries
+from initaudit.load.zip_entries import is_zip, read_entries
+
+FORMAT = "numpy"
+MAGIC = b"\x93NUMPY"
+MAX_HEADER = 10_000  # numpy's own limit for a header that it evaluates
+MAX_PICKLE = 256 << 20
+
+
+def recognise(path: Path, head: bytes) -> bool:
+    """True for the magic of .npy, and for an archive of nothing but .npy members."""
+    if head.startswith(MAGIC):
+        return True
+    if not is_zip(head):
+        return False
+    names = safe_entries(path)
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads the arrays at `path`; raises `UnreadableModel` for an archive that is broken."""
+    where = show(path, 200)
+    whole = Span.of_file(path)
+    notes: tuple[str, ...] = ()
+    if whole.part(0, len(MAGIC)).read() == MAGIC:
+        members = [("array", whole)]
+        problems: list[Problem] = []
+    else:
+        entries = read_entries(whole)
+        notes, problems, members = hidden_notes(entries), [], []
+        for name, found in entries.items():
+            try:
+                members += [(name.removesuffix(".npy"), entry.data()) for entry in found[:1]]
+            except UnreadableModel as error:
+                problems.append(Problem("IA001", name, str(error)))
+    arrays: dict[str, Array] = {}
+    recorder = Recorder()
+    for name, span in members:
+        try:
+            arrays[name] = _array(name, span, f"{where}: {show(name)}", recorder)
+        except UnreadableModel as error:
+            problems.append(Problem("IA001", name, str(error)))
+    problems += code_problems(recorder)
+    return finish(Checkpoint(str(path), FORMAT, arrays, problems=tuple(problems), notes=notes))
+
+
+def _array(name: str, span: Span, label: str, recorder: Recorder) -> Array:
+    head = io.BytesIO(span.part(0, min(span.length, MAX_HEADER + 16)).read())
+    try:
+        version = npy.read_magic(head)
+        reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = reader(head, max_header_size=MAX_HEADER)
+    except (ValueError, EOFError, SyntaxError, TypeError, RecursionError) as error:
+        raise UnreadableModel(label, f"a broken .npy header ({reason(error)})") from error
+    data = span.part(head.tell(), span.length - head.tell())
+    if dtype.hasobject:
+        _inspect(data, recorder, label)
+        raise UnreadableModel(label, "an array of Python objects, which is a pickle and is not read")
+    if dtype.kind not in "biufc" or dtype.itemsize > 16 or dtype.subdtype is not None:
+        raise UnreadableModel(label, f"an array of {show(dtype)}, which holds no plain numbers")
+    shape = tuple(int(size) for size in shape)
+    check_bytes(label, dtype.newbyteorder("=").name, shape, data.length)
+    big_endian = dtype.byteorder == ">"
+    return Array(name, shape, dtype.newbyteorder("=").name, _reader(data, dtype, shape, fortran, big_endian))
+
+
+def _reader(data: Span, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool, big_endian: bool) -> Any:
+    name = dtype.newbyteorder("=").name
+    if fortran:
+        return lambda: data.array(name, shape[::-1], big_endian=big_endian).T
+    return lambda: data.array(name, shape, big_endian=big_endian)
+
+
+def _inspect(data: Span, recorder: Recorder, label: str) -> None:
+    if data.length > MAX_PICKLE:
+        recorder.broken.append(f"{label}: a pickle of {data.length} bytes was not looked at")
+        return
+    try:
+        read(Machine(data.read(), KNOWN, recorder, nested=nested(recorder)))
+    except BrokenPickle as error:
+        recorder.broken.append(f"{label}: the pickle breaks off: {reason(error)}")
