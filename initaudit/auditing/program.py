@@ -19,7 +19,8 @@ from initaudit.graph.graph import Graph
 from initaudit.load.checkpoint import Checkpoint
 from initaudit.measure.moments import Moments
 from initaudit.onnx_ops.budget import Budget, metered
-from initaudit.pair import Pair, pair
+from initaudit.pair.pair import pair
+from initaudit.pair.records import Pair
 from initaudit.probe.graph_inputs import for_graph
 from initaudit.probe.inputs import for_module, load_data, match_data, parse_spec
 from initaudit.probe.run import probe

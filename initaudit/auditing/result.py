@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from initaudit.auditing.gains import Gains
 from initaudit.measure.moments import Moments
 from initaudit.report.report import Activation, Layer, ModelReport, Verdict
 from initaudit.rules.evidence import Evidence, LayerEvidence
@@ -94,8 +95,6 @@ def _layer(evidence: Evidence, layer: LayerEvidence) -> Layer:
 
 
 def _activations(layer: LayerEvidence) -> list[Activation]:
-    from initaudit.auditing.layers import Gains
-
     gains = Gains()
     found = []
     for feed in layer.feeds:

@@ -1,6 +1,4 @@
-"""Pairs every weight at every place of use with the activations downstream of it."""
+"""Pairs every weight at every place of use with the activations downstream of it.
 
-from initaudit.pair.pair import Pair, pair
-from initaudit.pair.walk import Feeds
-
-__all__ = ["Feeds", "Pair", "pair"]
+The records (`records`) and the recognition of activations (`activation`) load no torch; `pair.pair` walks the graph.
+"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,44 +15,11 @@ from initaudit.graph.graph import Constant, Graph, location_of
 from initaudit.location import Location
 from initaudit.pair.activation import CATALOGUE, Activation
 from initaudit.pair.evaluate import ConstantReader
-from initaudit.pair.walk import Feeds, Walker
+from initaudit.pair.records import Feeds, Pair
+from initaudit.pair.walk import Walker
 
 # The two doors' names for one thing.
 _OPERATORS = {"gemm": "linear", "matmul": "linear", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A weight at one place of use.
-
-    `tensor` is the name of the weight, `site` where it is used, `node` the name of the consuming node and `value` that of
-    the node whose value it consumes. `shape` and `axes` are those of the tensor as stored (then `stored`); where the stored
-    tensor was computed with, those of the value used. `provenance` lists what lies between the stored tensor and its use,
-    `constants` every stored tensor that takes part. `fan_in` and `fan_out` are counted from axis data
-    (see `roles.WeightUse.fans`).
-    """
-
-    tensor: str
-    site: str
-    node: str
-    value: str
-    operator: str
-    role: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    fan_in: int
-    fan_out: int
-    groups: int
-    gates: tuple[str, ...]
-    overlap: float
-    unit_axis: int | None
-    constants: tuple[str, ...]
-    provenance: tuple[str, ...]
-    stored: bool
-    trainable: bool
-    feeds: tuple[Feeds, ...]
-    bias: str | None
-    location: Location
 
 
 def pair(graph: Graph, constant: Set[fx.Node] | None = None) -> tuple[Pair, ...]:

@@ -16,19 +16,11 @@ from initaudit.graph.graph import Graph
 from initaudit.pair.activation import CATALOGUE, LINEAR, Activation, recognise
 from initaudit.pair.cluster import pointwise_cluster, written_normalization
 from initaudit.pair.evaluate import ConstantReader
+from initaudit.pair.records import Feeds
 
 _SOFTMAX = Activation("softmax")
 _NEAR = 8  # scale, mask, casts and changes of layout between a product and its softmax
 _MOST_VISITS = 4000  # values on one weight's ways; a network whose every layer is concatenated into every later one stays below
-
-
-@dataclass(frozen=True)
-class Feeds:
-    """An activation that a weight feeds. `node` is where its value is ("" at the model's output), `path` what lies between."""
-
-    activation: Activation
-    path: tuple[str, ...]
-    node: str
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from initaudit.expect.gain import Gain
     from initaudit.expect.recognise import Recognition
     from initaudit.graph.graph import Graph
-    from initaudit.pair import Feeds, Pair
+    from initaudit.pair.records import Feeds, Pair
     from initaudit.probe.trace import Trace, WeightRecord
     from initaudit.probe.verdict import Risk
 
@@ -29,8 +29,8 @@ class LayerEvidence:
     """One weight as one operator uses it: several places of use (an unrolled recurrence) are one layer.
 
     `pair` is the first place of use, `pairs` are all of them, `feeds` the activations of all. `moments` are those of the values
-    used; `read` gives these values, axes as in `pair.axes`. `gain` is that of the first activation that is not linear, else of the
-    linear unit; None where it has none. `records` are what the probe saw at the places of use (empty without a probe).
+    used; `read` gives these values, axes as in `pair.axes`. `gain` is that of the first activation that is not linear,
+    else of the linear unit; None where it has none. `records` are what the probe saw at the places of use (empty without a probe).
     """
 
     pair: Pair
@@ -53,8 +53,8 @@ class LayerEvidence:
 class Evidence:
     """The evidence about one model.
 
-    `layers` are in forward order. `tensors` holds the moments of every floating-point tensor of the checkpoint by name. `graph`,
-    `trace` and `risk` are None where there is no program, or no probe: `no_probe` then says why.
+    `layers` are in forward order. `tensors` holds the moments of every floating-point tensor of the checkpoint by
+    name. `graph`, `trace` and `risk` are None where there is no program, or no probe: `no_probe` then says why.
     """
 
     checkpoint: Checkpoint
