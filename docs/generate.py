@@ -81,12 +81,16 @@ def cli_page() -> str:
     """Every command with its options; laid out here, since click's own layout differs from version to version."""
     parts = ["# Command line", NOTE, f"```text\n{HELP}```"]
     for path, command in _commands(cli, "initaudit"):
-        names = [p.make_metavar(click.Context(command)) for p in command.params if isinstance(p, click.Argument)]
+        names = [_argument(p) for p in command.params if isinstance(p, click.Argument)]
         parts.append(f"## {' '.join([path, *names])}\n\n{inspect.cleandoc(command.help or '')}")
         options = [p for p in command.params if isinstance(p, click.Option)]
         if options:
             parts.append("\n".join(["| option | meaning |", "|---|---|", *map(_option, options)]))
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _argument(argument: click.Argument) -> str:
+    return (argument.name or "").upper() + (" ..." if argument.nargs == -1 else "")
 
 
 def _option(option: click.Option) -> str:

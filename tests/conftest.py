@@ -1,13 +1,15 @@
-"""What every test may rely on."""
+"""Options of the test suite."""
 
-import torch
+from __future__ import annotations
 
-try:
-    import torchvision  # noqa: F401
-except (ImportError, RuntimeError):
-    # transformers and timm import torchvision, which looks its compiled operators up at import; where they do not fit the
-    # installed torch, declaring them is enough, because no test calls one.
-    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms", "roi_align", "_roi_align_backward", "deform_conv2d"):
-        boxes = "(Tensor boxes, Tensor scores, float threshold) -> Tensor" if "nms" in name else "(Tensor x) -> Tensor"
-        OPERATORS.define(name + boxes)
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--overwrite", action="store_true", help="renew the golden files and the outputs that the documents show")
+
+
+@pytest.fixture
+def overwrite(request: pytest.FixtureRequest) -> bool:
+    """Whether what differs is renewed; what a golden file must hold whatever it says is checked all the same."""
+    return bool(request.config.getoption("--overwrite"))
