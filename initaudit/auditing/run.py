@@ -131,7 +131,11 @@ def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progre
     tensors, unreadable = measure_all(checkpoint.arrays, progress)
     checkpoint = dataclasses.replace(checkpoint, problems=(*checkpoint.problems, *unreadable))
     if checkpoint.program is None:
-        return Evidence(checkpoint, config, _asked(config), (), tensors, no_probe="the file holds weights and no program")
+        from initaudit.auditing.static import NOTE, named_layers
+
+        checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, NOTE))
+        layers = named_layers(checkpoint, tensors)
+        return Evidence(checkpoint, config, _asked(config), layers, tensors, no_probe="the file holds weights and no program")
     from initaudit.auditing.program import open_program
 
     program: Program = open_program(checkpoint, config, inputs, progress)

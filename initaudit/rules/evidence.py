@@ -30,7 +30,7 @@ class LayerEvidence:
 
     `pair` is the first place of use, `pairs` are all of them, `feeds` the activations of all. `moments` are those of the values
     used; `read` gives these values, axes as in `pair.axes`. `gain` is that of the first activation that is not linear,
-    else of the linear unit; None where it has none. `records` are what the probe saw at the places of use (empty without a probe).
+    else of the linear unit; None where it has none. `records` are what the probe saw at the places of use.
     """
 
     pair: Pair

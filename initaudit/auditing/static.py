@@ -1,0 +1,53 @@
+"""A checkpoint without a program: its weights by shape and name, measured against the laws. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from initaudit.expect.expectation import expected_variances, standard_error
+from initaudit.graph.from_names import NamedWeight, infer
+from initaudit.load.checkpoint import Array, Checkpoint
+from initaudit.location import Location
+from initaudit.measure.moments import Moments
+from initaudit.pair.records import Pair
+from initaudit.rules.evidence import LayerEvidence
+
+NOTE = "no program: fans and roles are inferred from shapes and names, activations are unknown"
+
+
+def named_layers(checkpoint: Checkpoint, measured: Mapping[str, Moments]) -> tuple[LayerEvidence, ...]:
+    """One entry for each tensor that looks like a weight, in the order of the file."""
+    weights = [w for w in infer(checkpoint.arrays) if w.name in measured]
+    return tuple(_layer(weight, checkpoint.arrays[weight.name], measured[weight.name]) for weight in weights)
+
+
+def _layer(weight: NamedWeight, array: Array, moments: Moments) -> LayerEvidence:
+    use = weight.use
+    fan_in, fan_out = use.fans(weight.shape)
+    module = weight.name.rpartition(".")[0]
+    pair = Pair(
+        tensor=weight.name,
+        site=module,
+        node="",
+        value="",
+        operator=use.operator,
+        role="embedding" if "v" in use.axes else "recurrent" if use.gates else "contraction",
+        shape=weight.shape,
+        axes=use.axes,
+        fan_in=fan_in,
+        fan_out=fan_out,
+        groups=use.groups,
+        gates=use.gates,
+        overlap=1.0,
+        unit_axis=use.unit_axis,
+        constants=(weight.name,),
+        provenance=(f"inferred from {weight.confidence}",),
+        stored=True,
+        trainable=True,
+        feeds=(),
+        bias=weight.bias,
+        location=Location(module),
+    )
+    error = standard_error(moments.variance, moments.kurtosis, moments.count) if moments.m2 > 0 else 0.0
+    expectation = expected_variances(max(1, fan_in), max(1, fan_out), None, 1.0, error)
+    return LayerEvidence(pair, (pair,), (), moments, expectation, None, array.read)
