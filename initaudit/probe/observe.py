@@ -33,6 +33,7 @@ class SignalObserver(Observer):
         self.first_non_finite: str | None = None
         self.first_non_finite_gradient: str | None = None
         self.same_as: dict[str, str] = {}
+        self.closed = False
 
     def signal(self, run: Pass, node: fx.Node, value: Tensor) -> None:
         """The forward statistics of one node."""
@@ -61,7 +62,7 @@ class SignalObserver(Observer):
 
     def gradient(self, run: Pass, node: fx.Node, gradient: Tensor) -> None:
         """The gradient's second moment at one node."""
-        if node.name in self.same_as and len(self._origin(node).users) == 1:
+        if self.closed or (node.name in self.same_as and len(self._origin(node).users) == 1):
             return
         moment2 = power(gradient) / gradient.numel()
         finite = math.isfinite(moment2)
@@ -71,7 +72,8 @@ class SignalObserver(Observer):
         self.signals[node.name] = replace(known, gradient_moment2=moment2 if finite else None, gradient_finite=finite)
 
     def close(self) -> None:
-        """Gives nodes that only moved elements the gradient of their source."""
+        """Gives nodes that only moved elements the gradient of their source; later gradients are not recorded."""
+        self.closed = True
         for name, source in self.same_as.items():
             known = self.signals[name]
             if known.gradient_moment2 is None:

@@ -40,7 +40,7 @@ class Observer:
 class Pass(Executor):
     """Runs `graph` in float32 with a separate leaf for every (consumer, weight) pair, and differentiates it.
 
-    `shift` maps parameters to a tensor that is added to their value (a virtual step). `observer` sees every data node.
+    `shift` maps parameters to a tensor that is added to their value (a virtual step). `observers` see every data node.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class Pass(Executor):
         *,
         device: torch.device | None = None,
         shift: Mapping[str, Tensor] | None = None,
-        observer: Observer | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         super().__init__(graph, device=device)
-        self.constant, self.shift, self.observer = constant, shift or {}, observer
+        self.constant, self.shift, self.observers = constant, {} if shift is None else shift, tuple(observers)
         self.leaves: dict[tuple[fx.Node, fx.Node], Tensor] = {}
         self.weights: dict[fx.Node, Any] = {}
         self.parameters: dict[str, Tensor] = {}
@@ -141,11 +141,16 @@ class Pass(Executor):
             args, kwargs = fx.node.map_arg(node.args, load), fx.node.map_arg(node.kwargs, load)
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
+    def _like(self, source: fx.Node, stand_in: Tensor) -> Any:
+        """A stand-in for every element, where the source's value is a tuple."""
+        value = self.env[source]
+        return (stand_in,) * len(value) if isinstance(value, (tuple, list)) else stand_in
+
     def _look(self, n: fx.Node, value: Any) -> None:
         head = value[0] if isinstance(value, (tuple, list)) and value else value
         if not isinstance(head, Tensor):
             return
-        if self.observer is None:
+        if not self.observers:
             return
         self.uses[n] = weight_uses(n, self.constant)
         plain = tuple(u.use for u in self.uses[n])
@@ -155,16 +160,21 @@ class Pass(Executor):
             same = source is not None and self.shapes[source] == tuple(head.shape)
             self.axes[n] = self.axes[source] if source is not None and same else UNKNOWN
         else:
-            self.axes[n] = axes_of(n, value, self.axes, self.shapes, plain, lambda s, x: self.again(n, {s: x}))
+            self.axes[n] = axes_of(n, value, self.axes, self.shapes, plain, lambda s, x: self.again(n, {s: self._like(s, x)}))
         self.shapes[n] = tuple(head.shape)
         self.order[n] = len(self.order)
         signal = first_tensor(value)
         if signal is None or signal.numel() == 0:
             return
-        observer = self.observer
-        observer.signal(self, n, signal)
+        for observer in self.observers:
+            observer.signal(self, n, signal)
         if signal.requires_grad:
-            signal.register_hook(lambda g: observer.gradient(self, n, g))  # type: ignore[no-untyped-call]
+
+            def hook(gradient: Tensor) -> None:
+                for observer in self.observers:
+                    observer.gradient(self, n, gradient)
+
+            signal.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _finish(self, n: fx.Node) -> tuple[Tensor, ...]:
         for node in n.all_input_nodes:

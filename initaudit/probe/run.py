@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from initaudit.graph.calls import Use, arguments
 from initaudit.graph.constness import constant_nodes
 from initaudit.graph.graph import Graph
+from initaudit.probe.gradients import GradientSketch
 from initaudit.probe.observe import SignalObserver
 from initaudit.probe.passes import Pass, backward, batch_of, cotangents
 from initaudit.probe.statistics import power
@@ -33,13 +34,15 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
     with _undisturbed(seed):
         constant = constant_nodes(graph.fx)
         observer = SignalObserver(graph.fx, constant)
-        run = Pass(graph, constant, device=place, observer=observer)
+        sketch = GradientSketch(seed)
+        run = Pass(graph, constant, device=place, observers=(observer, sketch))
         given = _inputs(inputs, place)
         run.run(*given)
         ends, batch = run.ends(), batch_of(given)
         drawn = cotangents(ends, batch, torch.Generator().manual_seed(seed))
-        sites = backward(run, ends, drawn, keep=False)
+        sites = backward(run, ends, drawn, keep=True)
         observer.close()
+        gram = sketch.measure(run, ends, batch, seed)
         parameters = _parameters(graph, run, sites)
         silent = [name for name, p in parameters.items() if p.gradient_zero]
         steps = 0
@@ -56,6 +59,7 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
             first_non_finite=observer.first_non_finite,
             first_non_finite_gradient=observer.first_non_finite_gradient,
             unknown={n.name: reason for n, reason in run.missing.items()},
+            gram=gram,
             virtual_steps=steps,
         )
 

@@ -7,6 +7,7 @@ example's cotangent has norm 1 in expectation, as the gradient of one cross-entr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -97,18 +98,44 @@ class ParameterRecord:
 
 
 @dataclass(frozen=True)
-class GramRecord:
-    """The Gram matrix of per-example gradients of one scalar (the same cotangent for every example), as sketched.
+class Kernel:
+    """The Gram matrix K of per-example gradients of one scalar (the same cotangent for every example), through its spectra.
 
-    `effective_rank` is exp(entropy of the eigenvalues) of the Gram matrix of the centred gradients (Roy & Vetterli 2007);
-    `centred_share` the share of the trace that centring leaves; `trace` and `top` are divided by the number of examples.
+    `eigenvalues` are those of K / n in falling order, `centred` those after the mean gradient is taken from every example's.
+    """
+
+    eigenvalues: tuple[float, ...]
+    centred: tuple[float, ...]
+
+    @property
+    def trace(self) -> float:
+        """The mean squared norm of an example's gradient."""
+        return sum(self.eigenvalues)
+
+    @property
+    def centred_share(self) -> float:
+        """What of the squared norm is left without the mean gradient: 0 where every example asks for the same change."""
+        return sum(self.centred) / self.trace if self.trace > 0 else 0.0
+
+    @property
+    def effective_rank(self) -> float:
+        """exp(entropy of the centred eigenvalues), Roy & Vetterli 2007, eq. 3; 0 where nothing is left."""
+        total = sum(self.centred)
+        shares = [e / total for e in self.centred if e > 0] if total > 0 else []
+        return math.exp(-sum(p * math.log(p) for p in shares if p > 0)) if shares else 0.0
+
+
+@dataclass(frozen=True)
+class GramRecord:
+    """Per-example gradients, as seen by two optimizers.
+
+    `sgd` is the plain Gram matrix; in `adam` each weight's part is divided by the root mean square of its batch gradient, as
+    Adam's step is, so that the scale of a layer's gradient does not count. `examples` is the number of examples compared.
     """
 
     examples: int
-    effective_rank: float
-    centred_share: float
-    trace: float
-    top: float
+    sgd: Kernel
+    adam: Kernel
 
 
 @dataclass(frozen=True)
