@@ -11,7 +11,7 @@ from torch import Tensor
 
 from initaudit.onnx_ops.budget import reserve
 from initaudit.onnx_ops.registry import operator
-from initaudit.onnx_ops.tensors import STORAGE_ONLY, ints, normal_axis, ordered, scalar, together, unordered
+from initaudit.onnx_ops.tensors import STORAGE_ONLY, computed, ints, normal_axis, ordered, scalar, together, unordered
 from initaudit.roles import Role, WeightUse
 
 
@@ -211,17 +211,18 @@ def TopK(
 def Unique(x: Tensor, *, axis: int | None = None, sorted: int = 1, outputs: int = 1) -> Tensor | tuple[Tensor, ...]:
     """The distinct elements (or slices), where each first occurs, which one every element is, and how often it occurs."""
     value = ordered(x)
-    found, inverse, counts = torch.unique(value, sorted=True, return_inverse=True, return_counts=True, dim=axis)
+    _, inverse, counts = torch.unique(value.detach(), sorted=True, return_inverse=True, return_counts=True, dim=axis)
     flat = inverse.reshape(-1)
     count = counts.numel()
     places = torch.arange(flat.numel(), device=x.device)
     first = torch.full((count,), flat.numel(), device=x.device).scatter_reduce(0, flat, places, "amin")
     if not sorted:
         order = torch.argsort(first)
-        found = found.index_select(0 if axis is None else axis, order)
         first, counts = first[order], counts[order]
         flat = torch.argsort(order)[flat]
-    result = (unordered(found, x.dtype), first, flat, counts)
+    # Picked from the input rather than taken from the search, so that gradients find their way.
+    values = computed(lambda t: t.reshape(-1)[first] if axis is None else t.index_select(axis, first), x)
+    result = (values, first, flat, counts)
     return result[0] if outputs == 1 else result
 
 

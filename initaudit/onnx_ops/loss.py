@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from initaudit.onnx_ops.registry import operator
@@ -12,14 +11,20 @@ from initaudit.roles import Role
 
 
 def _loss(log_prob: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int | None, reduction: str) -> Tensor:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"the unknown reduction {reduction!r}")
     log_prob, target = together(log_prob, target)
-    weight = None if weight is None else together(weight, log_prob)[0]
     labels = target.to(torch.int64)
-    ignored = -100 if ignore_index is None else ignore_index
-    # One axis of classes and at most one of places is what torch takes for every number of axes.
-    flat = log_prob.reshape(*log_prob.shape[:2], -1)
-    result = F.nll_loss(flat, labels.reshape(labels.shape[0], -1), weight, ignore_index=ignored, reduction=reduction)
-    return result.reshape(labels.shape) if reduction == "none" else result
+    kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    # What is ignored may be no class at all; any class does there, for its share is zero.
+    labels = torch.where(kept, labels, 0)
+    share = kept.to(log_prob.dtype)
+    if weight is not None:
+        share = share * together(weight, log_prob)[0][labels]
+    loss = -share * log_prob.gather(1, labels.unsqueeze(1)).squeeze(1)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / share.sum()
 
 
 @operator(Role("reduction", "nll_loss", data=("input",)))
