@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +54,14 @@ class Baseline:
         """The report with new findings only. The verdict stays what it is: what is accepted is not thereby healthy."""
         models = []
         for model in report.models:
-            known = {id(finding) for finding, _ in self._matched(model)}
-            models.append(dataclasses.replace(model, findings=tuple(f for f in model.findings if id(f) not in known)))
+            known = self._matched(model)
+            models.append(dataclasses.replace(model, findings=tuple(f for i, f in enumerate(model.findings) if i not in known)))
         return dataclasses.replace(report, models=tuple(models))
 
     def vanished(self, report: Report) -> tuple[Entry, ...]:
         """Entries about the audited models that no finding matches any more; those of models not read stay."""
         audited = {relative(model.source) for model in report.models if model.error is None}
-        matched = {entry for model in report.models for _, entry in self._matched(model)}
+        matched = {entry for model in report.models for entry in self._matched(model).values()}
         return tuple(entry for entry in self.entries if entry.source in audited and entry not in matched)
 
     def accept(self, report: Report, reason: str, today: datetime.date | None = None) -> Baseline:
@@ -69,9 +69,9 @@ class Baseline:
         date = (today if today is not None else datetime.date.today()).isoformat()
         entries = {entry.fingerprint: entry for entry in self.entries}
         for model in report.models:
-            matched = {id(finding): entry for finding, entry in self._matched(model)}
-            for finding, mark in fingerprints(model):
-                old = matched.get(id(finding))
+            matched = self._matched(model)
+            for index, (finding, mark) in enumerate(fingerprints(model)):
+                old = matched.get(index)
                 if old is not None:
                     entries.pop(old.fingerprint)
                 kept = (old.reason, old.date) if old is not None else (reason, date)
@@ -90,14 +90,15 @@ class Baseline:
             file, dump({"schema": SCHEMA, "findings": [dataclasses.asdict(entry) for entry in entries]}, indent=2) + "\n"
         )
 
-    def _matched(self, model: ModelReport) -> list[tuple[Finding, Entry]]:
+    def _matched(self, model: ModelReport) -> dict[int, Entry]:
+        """The entry of each finding that has one, by the finding's index."""
         entries = {entry.fingerprint: entry for entry in self.entries}
         marks = fingerprints(model)
-        pairs = [(finding, entries[mark]) for finding, mark in marks if mark in entries]
-        taken = {entry.fingerprint for _, entry in pairs}
+        pairs = {index: entries[mark] for index, (_, mark) in enumerate(marks) if mark in entries}
+        taken = {entry.fingerprint for entry in pairs.values()}
         source = relative(model.source)
         left = [entry for entry in self.entries if entry.source == source and entry.fingerprint not in taken]
-        return pairs + _renamed([finding for finding, mark in marks if mark not in entries], left)
+        return pairs | _renamed({i: f for i, (f, _) in enumerate(marks) if i not in pairs}, left)
 
 
 def read_baseline(file: Path, *, must_exist: bool = True) -> Baseline:
@@ -116,19 +117,17 @@ def read_baseline(file: Path, *, must_exist: bool = True) -> Baseline:
         raise UsageError(f"baseline {file}", "not a baseline", "a file made by `initaudit baseline write`") from error
 
 
-def _renamed(findings: Sequence[Finding], entries: Sequence[Entry]) -> list[tuple[Finding, Entry]]:
+def _renamed(findings: Mapping[int, Finding], entries: Sequence[Entry]) -> dict[int, Entry]:
     """Pairs of the same rule whose tensors differ by the one prefix that explains most of them."""
-    found = [(f, e, _prefix(f.tensor, e.tensor)) for f in findings for e in entries if f.code == e.code]
+    found = [(i, e, _prefix(f.tensor, e.tensor)) for i, f in findings.items() for e in entries if f.code == e.code]
     votes = Counter(prefix for _, _, prefix in found if prefix is not None)
     if not votes:
-        return []
+        return {}
     best = min(votes, key=lambda prefix: (-votes[prefix], prefix))
-    pairs: list[tuple[Finding, Entry]] = []
-    used: set[int] = set()
-    for finding, entry, prefix in found:
-        if prefix == best and id(finding) not in used and id(entry) not in used:
-            used |= {id(finding), id(entry)}
-            pairs.append((finding, entry))
+    pairs: dict[int, Entry] = {}
+    for index, entry, prefix in found:
+        if prefix == best and index not in pairs and entry not in pairs.values():
+            pairs[index] = entry
     return pairs
 
 
