@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,22 +119,34 @@ def read_baseline(file: Path, *, must_exist: bool = True) -> Baseline:
 
 def _renamed(findings: Mapping[int, Finding], entries: Sequence[Entry]) -> dict[int, Entry]:
     """Pairs of the same rule whose tensors differ by the one prefix that explains most of them."""
-    found = [(i, e, _prefix(f.tensor, e.tensor)) for i, f in findings.items() for e in entries if f.code == e.code]
-    votes = Counter(prefix for _, _, prefix in found if prefix is not None)
+    by_entry: dict[tuple[str, str], list[Entry]] = {}
+    by_finding: dict[tuple[str, str], list[int]] = {}
+    for entry in entries:
+        by_entry.setdefault((entry.code, entry.tensor), []).append(entry)
+    for index, finding in findings.items():
+        by_finding.setdefault((finding.code, finding.tensor), []).append(index)
+    found: list[tuple[int, Entry, tuple[str, str]]] = []
+    for index, finding in findings.items():
+        for head, rest in _splits(finding.tensor):
+            found += [(index, entry, ("+", head)) for entry in by_entry.get((finding.code, rest), ())]
+    for entry in entries:
+        for head, rest in _splits(entry.tensor):
+            found += [(index, entry, ("-", head)) for index in by_finding.get((entry.code, rest), ())]
+    votes = Counter(prefix for _, _, prefix in found)
     if not votes:
         return {}
     best = min(votes, key=lambda prefix: (-votes[prefix], prefix))
     pairs: dict[int, Entry] = {}
+    used: set[str] = set()
     for index, entry, prefix in found:
-        if prefix == best and index not in pairs and entry not in pairs.values():
+        if prefix == best and index not in pairs and entry.fingerprint not in used:
             pairs[index] = entry
+            used.add(entry.fingerprint)
     return pairs
 
 
-def _prefix(new: str, old: str) -> tuple[str, str] | None:
-    """What was put before the old name, or taken from it; a whole part of a dotted or slashed name, or nothing."""
-    for sign, longer, shorter in (("+", new, old), ("-", old, new)):
-        head = longer.removesuffix(shorter)
-        if shorter and head != longer and head.endswith((".", "/")):
-            return sign, head
-    return None
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """Every (whole leading parts, rest) of a dotted or slashed name."""
+    for place, sign in enumerate(name[:-1], start=1):
+        if sign in "./":
+            yield name[:place], name[place:]
