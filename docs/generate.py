@@ -17,7 +17,7 @@ from initaudit.cli import HELP, cli
 from initaudit.report import formats
 from initaudit.report.pages import docstring
 from initaudit.rules import all_rules
-from initaudit.rules.rule import Example, Rule
+from initaudit.rules.rule import Rule
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Made by docs/generate.py: change the code, not this page. -->\n"
@@ -48,18 +48,10 @@ def rule_page(rule: Rule) -> str:
     parts = [f"# {rule.code} {rule.name}", NOTE, facts, f"Fires when {rule.summary.rstrip('.')}.", docstring(rule)]
     for title, examples in (("Reported", type(rule).invalid()), ("Left alone", type(rule).valid())):
         if examples:
-            parts.append(f"## {title}")
-            parts += [_example(example) for example in examples]
+            parts.append(f"## {title}\n\n" + "\n".join(f"- {example.name}" for example in examples))
+    parts.append(f"The models meant are built, and tested, in `{type(rule).__module__.replace('.', '/')}.py`.")
     parts.append(f"Silence it: `--ignore {rule.code}`, or [for some tensors only](../configuration.md#per-tensor-ignores).")
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def _example(example: Example) -> str:
-    text = f"- {example.name}"
-    if inspect.isfunction(example.build) and example.build.__name__ != "<lambda>":
-        source = inspect.cleandoc(inspect.getsource(example.build))
-        text += "\n\n" + "\n".join(f"  {line}".rstrip() for line in ("```python", *source.splitlines(), "```"))
-    return text
 
 
 def index_page() -> str:

@@ -5,6 +5,7 @@ What must hold whatever the files say (verdict, exit status, codes) stands here:
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -15,11 +16,23 @@ import jsonschema
 import pytest
 
 from initaudit import cli
-from initaudit.rules import all_rules
+
+
+def complete() -> bool:
+    """Whether every stage that the audit imports exists."""
+    try:
+        importlib.import_module("initaudit.auditing.program")
+        importlib.import_module("initaudit.rules.roots")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("initaudit."):
+            raise
+        return False
+    return True
+
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
-needs_rules = pytest.mark.skipif(not all_rules(), reason="no rule file lies in initaudit/rules yet")
+needs_audit = pytest.mark.skipif(not complete(), reason="a stage of the audit is not written yet")
 
 # fixture: exit status, codes of which at least one must be reported
 CASES = {
@@ -54,7 +67,7 @@ def without_times(text: str) -> str:
     return re.sub(r"\b\d+(\.\d+)? s\b", "… s", text)
 
 
-@needs_rules
+@needs_audit
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_text_is_as_it_was(capsys, overwrite, name):
     expected, codes = CASES[name]
@@ -76,7 +89,7 @@ def test_every_golden_file_belongs_to_a_case():
     assert {path.name for path in GOLDEN.glob("*.text")} <= {name.replace("/", "-") + ".text" for name in CASES}
 
 
-@needs_rules
+@needs_audit
 def test_json_of_the_real_audit_follows_the_schema(capsys):
     schema = json.loads((ROOT / "docs" / "report.schema.json").read_text("utf-8"))
     status, out, _ = run(capsys, *(f"fixtures/{name}" for name in CASES), "--format", "json")
@@ -88,7 +101,7 @@ def test_json_of_the_real_audit_follows_the_schema(capsys):
     assert failed == {f"fixtures/{name}" for name, (status, _) in CASES.items() if status == 1}
 
 
-@needs_rules
+@needs_audit
 def test_models_side_by_side_give_the_same_report(capsys):
     names = [f"fixtures/{name}" for name in ("good/he_mlp.onnx", "broken/zero.onnx", "broken/truncated.onnx")]
     assert run(capsys, *names, "--jobs", "2") == run(capsys, *names)

@@ -29,7 +29,16 @@ def terminal_page(rule: Rule, style: Style) -> str:
     head = f"{rule.code} {rule.name}"
     facts = f"severity: up to {rule.severity}   judges: {_PHASES[rule.phase]}"
     fires = wrap(f"Fires when {rule.summary.rstrip('.')}.", style.width)
-    return "\n".join([style.paint(head, "bold"), facts, "", fires, "", docstring(rule)])
+    return "\n".join([style.paint(head, "bold"), facts, "", fires, "", _reflow(docstring(rule), style.width)])
+
+
+def _reflow(text: str, width: int) -> str:
+    """Paragraphs at this width; lists, code and tables as they are."""
+    parts = []
+    for block in text.split("\n\n"):
+        prose = not any(line.startswith((" ", "-", "*", "|", "```", ">>>")) for line in block.splitlines())
+        parts.append(wrap(" ".join(block.split()), width) if prose else block)
+    return "\n\n".join(parts)
 
 
 def docstring(rule: Rule) -> str:

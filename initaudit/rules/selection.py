@@ -36,5 +36,6 @@ def check_config(config: Config) -> None:
         check_codes(getattr(config, name), option if "command line" in config.origin.get(name, "") else name.replace("_", "-"))
     for entry in config.per_tensor_ignores:
         check_codes(entry.codes, f"per-tensor-ignores {entry.tensors!r}")
-    names = {rule.name for rule in all_rules()}
-    check_codes((code for code in config.severity if code not in names), "severity")
+    if config.severity:
+        names = {rule.name for rule in all_rules()}
+        check_codes((code for code in config.severity if code not in names), "severity")
