@@ -224,7 +224,7 @@ CASES: tuple[Case, ...] = (
     _one("__builtin__", "eval", code),
     _one("runpy", "_run_code", code, _empty, runs=True),
     _one("pty", "spawn", _argv, runs=True),
-    _one("timeit", "timeit", code, runs=True),
+    _one("timeit", "timeit", code, lambda c: text("pass"), lambda c: by_line("time", "time"), lambda c: b"K\x01", runs=True),
     _one("profile", "run", code, runs=True),
     _one("cProfile", "run", code, runs=True),
     _one("doctest", "debug_script", code),
