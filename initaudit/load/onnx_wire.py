@@ -19,26 +19,39 @@ MODEL_FIELDS = {
     1: VARINT, 2: LENGTH, 3: LENGTH, 4: LENGTH, 5: VARINT, 6: LENGTH, 7: LENGTH, 8: LENGTH, 14: LENGTH, 20: LENGTH,
     25: LENGTH, 26: LENGTH,
 }  # fmt: skip
-GRAPH = 7
+IR_VERSION, GRAPH = 1, 7
+GRAPH_TAGS = {number << 3 | LENGTH for number in (1, 2, 5, 10, 11, 12, 13, 14, 15)}  # one byte each; 16 (metadata) takes two
+MAX_TOP_FIELDS = 10_000
 SMALL_FILE = 8 << 20  # swollen a hundredfold, a file of this size still fits; larger ones are counted first
 MAX_MESSAGES = 2_000_000
 Buffer = mmap.mmap | bytes
 
 
+class CutOff(ValueError):
+    """The bytes end within a field: a truncated file, which is another thing than bytes that are no protobuf."""
+
+
 def looks_like_model(path: Path) -> bool:
-    """True where the top-level fields are a ModelProto's, up to the graph or (in a truncated file) up to the end."""
+    """True where the top-level fields are a ModelProto's, up to a graph or (in a truncated file) up to the end.
+
+    The graph must begin as a GraphProto does: the length that opens a safetensors file can pass for `ir_version` and a tag.
+    """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        seen = set()
         try:
-            seen = set()
-            for number, wire, _, _ in fields(data, 0, len(data)):
+            for count, (number, wire, begin, end) in enumerate(fields(data, 0, len(data))):
                 if MODEL_FIELDS.get(number) != wire:
                     return False
                 seen.add(number)
-                if number == GRAPH or len(seen) > len(MODEL_FIELDS):
+                if number == GRAPH and end > begin:
+                    return begin >= len(data) or data[begin] in GRAPH_TAGS
+                if count > MAX_TOP_FIELDS:
                     return True
+        except CutOff:
+            return bool(seen & {IR_VERSION, GRAPH})
         except ValueError:
-            return bool(seen & {1, GRAPH})
-        return 1 in seen
+            return False
+        return IR_VERSION in seen
 
 
 def fields(data: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
@@ -75,7 +88,7 @@ def fields(data: Buffer, start: int, end: int) -> Iterator[tuple[int, int, int, 
             raise ValueError(f"wire type {wire}")
         yield number, wire, begin, place
         if place > end:
-            raise ValueError("a field sticks out")
+            raise CutOff("a field sticks out")
 
 
 def _varint(data: Buffer, place: int, end: int) -> tuple[int, int]:
@@ -87,7 +100,7 @@ def _varint(data: Buffer, place: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, place
         shift += 7
-    raise ValueError("an unfinished number")
+    raise (CutOff if place >= end else ValueError)("an unfinished number")
 
 
 def check_messages(path: Path, where: str) -> None:

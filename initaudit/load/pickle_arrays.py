@@ -13,7 +13,7 @@ from initaudit.load.checkpoint import Array, Problem, numpy_dtype
 from initaudit.load.pickle_values import Affine, Call, Event, NdArray, Recorder, Tensor, describe
 from initaudit.load.spans import byte_count, show
 
-MAX_VISITED = 2_000_000  # values; a list that holds itself twice at every level has 2**levels
+MAX_VISITED = 500_000  # values; a list that holds itself twice at every level has 2**levels
 MAX_DEPTH = 64
 MAX_EXPANDED = 1 << 27  # elements of a view that repeats its storage (stride 0)
 Leaf = tuple[tuple[str, ...], Tensor | NdArray, bool]

@@ -184,6 +184,8 @@ def _set_numpy_state(machine: Machine, args: tuple[Any, ...]) -> None:
     if isinstance(target, Dtype):
         target.big_endian = state[1] == ">"
         return
+    if not isinstance(state[-3], Dtype):
+        raise TypeError("an array without a dtype")
     target.shape, target.dtype, target.fortran = sizes(state[-4]), state[-3], bool(state[-2])
     raw = state[-1]
     if isinstance(raw, str):  # written by Python 2
