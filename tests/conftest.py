@@ -3,6 +3,29 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+
+def _make_torchvision_importable() -> object:
+    """Declares the operators that torchvision looks up at import, where its compiled ones do not fit the installed torch.
+
+    transformers and timm import torchvision where it is installed. Returns what keeps the declarations alive.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return None
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(name + "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        for name in ("roi_align", "_roi_align_backward", "deform_conv2d"):
+            library.define(name + "(Tensor x) -> Tensor")
+        return library
+    return None
+
+
+_TORCHVISION = _make_torchvision_importable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
