@@ -111,10 +111,10 @@ def test_pickled_module(zipped: bool, tmp_path: Path) -> None:
 def test_views_ties_parameters_and_dtypes(zipped: bool, tmp_path: Path) -> None:
     weight = torch.randn(3, 4)
     value = {
-        "a": weight, "tied": weight, "transposed": weight.t(), "rows": weight[1:], "every": weight[:, ::2], "last": weight[2, 3],
-        "parameter": nn.Parameter(weight), "frozen": nn.Parameter(weight, requires_grad=False), "expanded": weight[:, :1].expand(3, 7),
-        "half": weight.half(), "brain": weight.bfloat16(), "double": weight.double(), "byte": weight.to(torch.uint8),
-        "flag": weight > 0, "long": weight.long(),
+        "a": weight, "tied": weight, "transposed": weight.t(), "rows": weight[1:], "every": weight[:, ::2],
+        "last": weight[2, 3], "parameter": nn.Parameter(weight), "frozen": nn.Parameter(weight, requires_grad=False),
+        "expanded": weight[:, :1].expand(3, 7), "half": weight.half(), "brain": weight.bfloat16(),
+        "double": weight.double(), "byte": weight.to(torch.uint8), "flag": weight > 0, "long": weight.long(),
     }  # fmt: skip
     arrays = save(value, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped).arrays
     assert_same(arrays, value)
@@ -163,8 +163,9 @@ def test_big_endian_archive(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_pickle_of_every_protocol(protocol: int, tmp_path: Path) -> None:
     value = {
-        "c": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.arange(6, dtype=">f4").reshape(2, 3)), "s": np.float32(2.5),
-        "t": network().state_dict(), "n": [1, 2.5, None, True, "é", b"\x00", {"k": (1, 2, 3)}, {1, 2}, frozenset({3}), 2**80],
+        "c": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.arange(6, dtype=">f4").reshape(2, 3)),
+        "s": np.float32(2.5), "t": network().state_dict(),
+        "n": [1, 2.5, None, True, "é", b"\x00", {"k": (1, 2, 3)}, {1, 2}, frozenset({3}), 2**80],
     }  # fmt: skip
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(value, protocol))
     checkpoint = load(tmp_path / "x.pkl")
@@ -187,9 +188,9 @@ def test_joblib(tmp_path: Path) -> None:
 
 def old_tar(path: Path, weight: np.ndarray) -> None:
     """The layout of torch/serialization.py, legacy_load, of which PyTorch keeps only the reader."""
-    storages = pickle.dumps(1, 2) + pickle.dumps(("7", "cpu", torch.FloatStorage), 2)
+    storages = pickle.dumps(1, 2) + pickle.dumps((7, "cpu", torch.FloatStorage), 2)
     storages += struct.pack("<q", weight.size) + weight.tobytes() + pickle.dumps([], 2)
-    tensors = pickle.dumps(1, 2) + pickle.dumps(("9", "7", torch.FloatTensor), 2)
+    tensors = pickle.dumps(1, 2) + pickle.dumps((9, 7, torch.FloatTensor), 2)
     tensors += struct.pack("<ii", 2, 0) + struct.pack("<5q", *weight.shape, weight.shape[1], 1, 0)
 
     class Pickler(pickle.Pickler):
@@ -430,7 +431,7 @@ BOMBS: dict[str, bytes] = {
     "itself": b"\x80\x02]q\x00h\x00a.",
     "announced length": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x.",
     "announced bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x.",
-    "many opcodes": b"\x80\x02" + b"N0" * 4_100_000 + b"N.",
+    "many opcodes": b"\x80\x02" + b"N0" * 2_100_000 + b"N.",
     "digits": b"\x80\x02L" + b"9" * 100_000 + b"L\n.",
     "empty stack": b"\x80\x02R.",
     "unknown memo": b"\x80\x02h\x05.",

@@ -17,8 +17,8 @@ from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.pickle_arrays import as_array, code_problems, leaves
 from initaudit.load.pickle_values import Recorder, Storage, Tensor
 from initaudit.load.spans import Span, show
-from initaudit.load.torch_zip import hidden_notes, main_pickles, read_archive, read_hidden, safe_entries
-from initaudit.load.zip_entries import Entry, is_zip, read_entries
+from initaudit.load.torch_zip import hidden_notes, main_pickles, read_archive, read_hidden
+from initaudit.load.zip_entries import Entry, is_zip, member_names, read_entries
 
 FORMAT = "exported_program"
 MAX_JSON = 64 << 20
@@ -33,7 +33,7 @@ Entries = dict[str, list[Entry]]
 
 def recognise(path: Path, head: bytes) -> bool:
     """True for an archive that describes an exported program."""
-    return is_zip(head) and not main_pickles(path, head) and any(_is_mark(name) for name in safe_entries(path))
+    return is_zip(head) and not main_pickles(path, head) and any(_is_mark(name) for name in member_names(path) or ())
 
 
 def _is_mark(name: str) -> bool:
@@ -51,7 +51,7 @@ def load(path: Path) -> Checkpoint:
         if name.endswith(("_weights_config.json", "_constants_config.json")):
             for array in _described(entries, name, where, problems, recorder):
                 arrays.setdefault(array.name, array)
-        elif found and is_zip(found[0].span.part(0, min(4, found[0].span.length)).read()):
+        elif found and is_zip(found[0].front):
             value = read_archive(found[0].data(), f"{where}: {show(name)}", recorder)
             if "state_dict" in name or name.endswith("serialized_constants.pt"):
                 arrays.update(_leaves_of(value, where, problems))

@@ -19,8 +19,8 @@ from initaudit.load.pickle_reader import BrokenPickle, read
 from initaudit.load.pickle_values import Recorder
 from initaudit.load.spans import Span, check_bytes, reason, show
 from initaudit.load.torch_stream import nested
-from initaudit.load.torch_zip import hidden_notes, safe_entries
-from initaudit.load.zip_entries import is_zip, read_entries
+from initaudit.load.torch_zip import hidden_notes
+from initaudit.load.zip_entries import is_zip, member_names, read_entries
 
 FORMAT = "numpy"
 MAGIC = b"\x93NUMPY"
@@ -34,8 +34,8 @@ def recognise(path: Path, head: bytes) -> bool:
         return True
     if not is_zip(head):
         return False
-    names = safe_entries(path)
-    return bool(names) and all(name.endswith(".npy") for name in names)
+    names = member_names(path)
+    return names is not None and bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def load(path: Path) -> Checkpoint:

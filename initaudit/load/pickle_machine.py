@@ -17,7 +17,7 @@ from typing import Any
 from initaudit.load.pickle_values import Call, Dtype, Global, NdArray, Opaque, Recorder, describe, label_of
 from initaudit.load.spans import show
 
-MAX_OPCODES = 8_000_000  # an optimizer's state of 10,000 tensors takes one million
+MAX_OPCODES = 4_000_000  # an optimizer's state of 10,000 tensors takes one million
 MAX_DIGITS = 4300  # of an integer written in decimal, as in Python itself
 NESTED_STREAMS = 4  # streams within streams (torch.storage._load_from_bytes)
 

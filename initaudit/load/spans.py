@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,10 @@ PACKED_BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}
 
 def show(value: object, limit: int = 80) -> str:
     """`value` for a message: printable characters of one line, at most `limit` of them; the value comes out of a file."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)[: limit + 1])
+    text = str(value)[: limit + 1]
+    if len(text) <= limit and text.isprintable():
+        return text
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -54,6 +60,24 @@ class Span:
                 advice="the file is truncated or damaged",
             )  # fmt: skip
         return Span(self.path, self.offset + offset, length, self.data)
+
+    @contextmanager
+    def mapped(self) -> Iterator[memoryview]:
+        """The bytes as a view for many small looks; raises `UnreadableModel` where the file cannot be mapped."""
+        if self.data is not None:
+            yield memoryview(self.data)[self.offset : self.offset + self.length]
+            return
+        try:
+            with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                view = memoryview(data)
+                part = view[self.offset : self.offset + self.length]
+                try:
+                    yield part
+                finally:
+                    part.release()
+                    view.release()
+        except (OSError, ValueError) as error:
+            raise UnreadableModel(show(self.path), reason(error)) from error
 
     def read(self) -> bytes:
         """The bytes themselves; raises `UnreadableModel` where the file has become shorter."""

@@ -17,7 +17,7 @@ from initaudit.load.pickle_values import Global, Opaque, Recorder, Storage, desc
 from initaudit.load.spans import Span, reason, show
 from initaudit.load.state_dict import checkpoint_of
 from initaudit.load.torch_stream import nested
-from initaudit.load.zip_entries import Entry, is_zip, read_entries
+from initaudit.load.zip_entries import STORED, Entry, is_zip, member_names, read_entries
 
 FORMAT = "torch_zip"
 MAX_PICKLE = 256 << 20  # bytes of a pickle; tensors are no part of it
@@ -31,21 +31,19 @@ def recognise(path: Path, head: bytes) -> bool:
 
 
 def main_pickles(path: Path, head: bytes) -> list[str]:
-    """The members of an archive that are called data.pkl; none for anything that is no archive."""
-    return [name for name in safe_entries(path) if name.rpartition("/")[2] == "data.pkl"] if is_zip(head) else []
+    """The members of an archive that are called data.pkl; none for anything that is no archive.
+
+    A broken archive is claimed as if it had one, so that `load` says what is wrong with it.
+    """
+    if not is_zip(head):
+        return []
+    names = member_names(path)
+    return ["data.pkl"] if names is None else [name for name in names if name.rpartition("/")[2] == "data.pkl"]
 
 
 def is_torchscript(path: Path) -> bool:
     """True where constants.pkl stands beside data.pkl: torch.jit.save writes both."""
-    return any(name.rpartition("/")[2] == "constants.pkl" for name in safe_entries(path))
-
-
-def safe_entries(path: Path) -> Entries:
-    """The members of the archive at `path` for a look at their names; a broken one is left to `load` to complain about."""
-    try:
-        return read_entries(Span.of_file(path))
-    except UnreadableModel:
-        return {"archive/data.pkl": []}
+    return any(name.rpartition("/")[2] == "constants.pkl" for name in member_names(path) or ())
 
 
 def load(path: Path) -> Checkpoint:
@@ -82,8 +80,8 @@ def read_hidden(entries: Entries, where: str, recorder: Recorder) -> list[str]:
         if name.rpartition("/")[2] in MAIN or not found:
             continue
         for entry in found:
-            front = entry.span.part(0, min(2, entry.span.length)).read() if entry.method == 0 else b""
-            if name.endswith((".pkl", ".pickle")) or (front[:1] == b"\x80" and front[1:] in (b"\2", b"\3", b"\4", b"\5")):
+            front = entry.front if entry.method == STORED else b""
+            if name.endswith((".pkl", ".pickle")) or (front[:1] == b"\x80" and front[1:2] in (b"\2", b"\3", b"\4", b"\5")):
                 _read_one(entries, name, entry, where, recorder)
                 notes.append(f"{show(name)} is a pickle beside the main one")
     return notes

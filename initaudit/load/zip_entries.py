@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.spans import Span, show
@@ -23,13 +26,14 @@ _LOCAL, _CENTRAL, _END, _END64, _LOCATOR64 = b"PK\3\4", b"PK\1\2", b"PK\5\6", b"
 
 @dataclass(frozen=True)
 class Entry:
-    """One member: `span` holds its bytes as stored; `size` is what they inflate to."""
+    """One member: `span` holds its bytes as stored; `size` is what they inflate to, `front` its first four."""
 
     name: str
     method: int
     crc: int
     size: int
     span: Span
+    front: bytes
     remarks: tuple[str, ...] = ()
 
     def data(self) -> Span:
@@ -59,25 +63,66 @@ def read_entries(whole: Span) -> dict[str, list[Entry]]:
     Raises `UnreadableModel` for a broken directory and for entries that overlap (a bomb, or a file hidden in another).
     """
     where = show(whole.path, 200)
-    offset, size, count = _directory(whole, where)
-    if count > MAX_ENTRIES:
-        raise UnreadableModel(where, f"a zip archive of {count} entries", f"at most {MAX_ENTRIES}")
-    directory = whole.part(offset, size).read()
     found: dict[str, list[Entry]] = {}
     spans: list[tuple[int, int, str]] = []
+    with whole.mapped() as data:
+        for record in _records(whole, where):
+            entry = _entry(whole, data, record, where)
+            found.setdefault(entry.name, []).append(entry)
+            spans.append((record.start, entry.span.offset - whole.offset + entry.span.length, entry.name))
+    _check_overlaps(spans, where)
+    return found
+
+
+def member_names(path: Path) -> tuple[str, ...] | None:
+    """The names in the directory of the archive at `path`, None where it is broken; looked up once for all formats."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _member_names(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _member_names(path: Path, size: int, changed: int) -> tuple[str, ...] | None:
+    try:
+        return tuple(record.name for record in _records(Span(path, 0, size), show(path, 200)))
+    except UnreadableModel:
+        return None
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One record of the central directory."""
+
+    raw_name: bytes
+    flags: int
+    method: int
+    crc: int
+    packed: int
+    size: int
+    start: int
+
+    @property
+    def name(self) -> str:
+        return self.raw_name.decode("utf-8", "replace")
+
+
+def _records(whole: Span, where: str) -> Iterator[_Record]:
+    offset, length, count = _directory(whole, where)
+    if count > MAX_ENTRIES:
+        raise UnreadableModel(where, f"a zip archive of {count} entries", f"at most {MAX_ENTRIES}")
+    directory = whole.part(offset, length).read()
     place = 0
     for _ in range(count):
         if directory[place : place + 4] != _CENTRAL or place + 46 > len(directory):
             raise UnreadableModel(where, "a zip directory that breaks off", advice="the file is truncated or damaged")
-        fields = struct.unpack("<6H3L5H2L", directory[place + 4 : place + 46])
+        fields = struct.unpack_from("<6H3L5H2L", directory, place + 4)
         name_end = place + 46 + fields[9]
         extra_end = name_end + fields[10]
-        entry, start = _entry(whole, fields, directory[place + 46 : name_end], directory[name_end:extra_end], where)
+        size, packed, start = _zip64(directory[name_end:extra_end], fields[8], fields[7], fields[15])
+        yield _Record(directory[place + 46 : name_end], fields[2], fields[3], fields[6], packed, size, start)
         place = extra_end + fields[11]
-        found.setdefault(entry.name, []).append(entry)
-        spans.append((start, entry.span.offset - whole.offset + entry.span.length, entry.name))
-    _check_overlaps(spans, where)
-    return found
 
 
 def is_zip(head: bytes) -> bool:
@@ -104,28 +149,26 @@ def _directory(whole: Span, where: str) -> tuple[int, int, int]:
     return offset, size, count
 
 
-def _entry(whole: Span, fields: tuple[int, ...], raw_name: bytes, extra: bytes, where: str) -> tuple[Entry, int]:
-    """The member that one record of the directory names, and where its local header stands."""
-    flags, method, crc, packed, size, start = fields[2], fields[3], fields[6], fields[7], fields[8], fields[15]
-    size, packed, start = _zip64(extra, size, packed, start)
-    name = raw_name.decode("utf-8", "replace")
-    local = whole.part(start, 30).read()
-    if local[:4] != _LOCAL:
+def _entry(whole: Span, data: memoryview, record: _Record, where: str) -> Entry:
+    """The member that a record of the directory names; `data` are the bytes of `whole`."""
+    name, start = record.name, record.start
+    if start < 0 or data[start : start + 4] != _LOCAL or start + 30 > len(data):
         raise UnreadableModel(where, f"no member where the directory puts {show(name)}", advice="the file is damaged")
-    name_size, extra_size = struct.unpack("<2H", local[26:30])
+    flags, name_size, extra_size = (struct.unpack_from("<H", data, start + at)[0] for at in (6, 26, 28))
     remarks = []
-    if whole.part(start + 30, name_size).read() != raw_name:
+    if data[start + 30 : start + 30 + name_size] != record.raw_name:
         remarks.append("bears another name in its own header")
-    if (flags | int.from_bytes(local[6:8], "little")) & 1:
+    if (record.flags | flags) & 1:
         remarks.append("is marked as encrypted")
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
         remarks.append("would be unpacked outside its folder")
-    if method == STORED and packed != size:
-        raise UnreadableModel(
-            where, f"{show(name)} is stored, yet its two sizes differ", advice="the file is damaged or forged"
-        )
-    span = whole.part(start + 30 + name_size + extra_size, packed)
-    return Entry(name, method, crc, size, span, tuple(remarks)), start
+    if record.method == STORED and record.packed != record.size:
+        found = f"{show(name)} is stored, yet its two sizes differ"
+        raise UnreadableModel(where, found, advice="the file is damaged or forged")
+    span = whole.part(start + 30 + name_size + extra_size, record.packed)
+    begin = start + 30 + name_size + extra_size
+    front = bytes(data[begin : begin + min(4, record.packed)])
+    return Entry(name, record.method, record.crc, record.size, span, front, tuple(remarks))
 
 
 def _zip64(extra: bytes, size: int, packed: int, start: int) -> tuple[int, int, int]:
