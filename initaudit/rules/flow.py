@@ -1,0 +1,191 @@
+"""How much signal and gradient each part of a network is left with, as the probe measured it, told apart from what is meant.
+
+Zero gates and LayerScale change the size of a signal on purpose, averaging over positions does so by necessity, and a
+normalization takes away what came before it. What counts as loss here is what linear operators and activations make of a
+signal: between two nodes the measured change of its second moment, along whichever way keeps most of it. Growth is measured
+as it is, because nothing is meant to grow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from initaudit.graph.graph import Graph
+    from initaudit.probe.trace import Signal, Trace
+
+# Shares of a second moment below this are float32 rounding of numbers that are equal: (2**-24)² times some summands.
+ROUNDING = 1e-13
+_FAR = 64  # nodes between the last linear operator and the output at most
+
+
+@dataclass(frozen=True)
+class Flow:
+    """By node name; ratios of second moments that begin at 1.
+
+    `size` is what is left of the signal's second moment since the input or the last normalization, `contrast` of the share of
+    it that differs between examples, `gradient` of the squared norm of the gradient since the layer before the output.
+    `growth` and `gradient_growth` are the same as measured, gates and sums included. `last` names what the
+    output's layers read.
+    """
+
+    size: Mapping[str, float]
+    contrast: Mapping[str, float]
+    gradient: Mapping[str, float]
+    growth: Mapping[str, float]
+    gradient_growth: Mapping[str, float]
+    last: tuple[str, ...]
+
+
+def flow_of(graph: Graph, trace: Trace) -> Flow:
+    """Follows signal and gradient through the data nodes that the probe measured."""
+    return _Follow(graph, trace).flow()
+
+
+class _Follow:
+    def __init__(self, graph: Graph, trace: Trace) -> None:
+        self.graph, self.trace, self.signals = graph, trace, trace.signals
+        self.written: dict[fx.Node, fx.Node] = {}
+        self.inside: set[fx.Node] = set()
+        self._written_norms()
+        self.nodes = [n for n in graph.fx.nodes if n.name in self.signals and n not in self.inside]
+        self.sources = {n: self._sources(n) for n in self.nodes}
+        self.users: dict[fx.Node, list[fx.Node]] = {n: [] for n in self.nodes}
+        for node, sources in self.sources.items():
+            for source in sources:
+                self.users[source].append(node)
+        self.heads = self._heads()
+
+    def flow(self) -> Flow:
+        size, contrast, growth = self._forward()
+        last = tuple(dict.fromkeys(s.name for n in self.nodes if n.name in self.heads for s in self.sources[n]))
+        return Flow(size, contrast, self._backward(), growth, self._gradient_growth(), last)
+
+    def _written_norms(self) -> None:
+        """Normalizations that are spelled out in primitive operators count as one node, their last."""
+        from initaudit.graph.calls import role_of
+        from initaudit.graph.constness import constant_nodes
+        from initaudit.pair.cluster import written_normalization
+        from initaudit.pair.evaluate import ConstantReader
+
+        reductions = any(role_of(n).kind == "reduction" for n in self.graph.fx.nodes if n.op == "call_function")
+        if not reductions:
+            return
+        constant, reader = constant_nodes(self.graph.fx), ConstantReader(self.graph)
+        for node in self.graph.fx.nodes:
+            if node.name in self.signals and node not in self.inside and len(node.users) > 1:
+                norm = written_normalization(node, constant, reader)
+                if norm is not None:
+                    self.written[norm.node] = node
+                    self.inside |= norm.inside - {norm.node, node}
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        from initaudit.graph.calls import signal_inputs
+
+        if node in self.written:
+            return [self.written[node]]
+        if node.op != "call_function":
+            return []
+        found = (n for n in signal_inputs(node) if n.name in self.signals and n not in self.inside and n is not node)
+        return list(dict.fromkeys(found))
+
+    def _step(self, node: fx.Node) -> str:
+        """ "computes" where weights or an activation decide what becomes of the signal, "normalizes", or "passes"."""
+        from initaudit.graph.calls import role_of
+
+        kind = role_of(node).kind
+        sources = self.sources[node]
+        if kind == "normalization" or node in self.written:
+            return "normalizes"
+        if len(sources) != 1:
+            return "passes"  # sums keep what any part has, products are gates, attention averages
+        if kind in ("contraction", "recurrent"):
+            return "computes"
+        # A pointwise operator with a parameter is a gate, a LayerScale or a position table.
+        return "computes" if kind == "pointwise" and all(a is sources[0] for a in node.all_input_nodes) else "passes"
+
+    def _forward(self) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        size: dict[str, float] = {}
+        contrast: dict[str, float] = {}
+        growth: dict[str, float] = {}
+        base: dict[str, float | None] = {}
+        for node in self.nodes:
+            sources, here = self.sources[node], self.signals[node.name]
+            if not sources:
+                size[node.name] = contrast[node.name] = growth[node.name] = 1.0
+                base[node.name] = here.moment2
+                continue
+            step = self._step(node)
+            source = max(sources, key=lambda n: size[n.name] * contrast[n.name])
+            size[node.name], contrast[node.name] = max(size[s.name] for s in sources), max(contrast[s.name] for s in sources)
+            base[node.name] = base[source.name]
+            before = self.signals[source.name]
+            if step != "passes":
+                contrast[node.name] = contrast[source.name] * min(1.0, _ratio(here.spread, before.spread))
+            if step == "normalizes":
+                size[node.name], base[node.name] = 1.0, here.moment2
+            elif step == "computes":
+                size[node.name] = size[source.name] * _ratio(here.moment2, before.moment2)
+            # A mask of the lowest float is no growth: only what an operator computes from data is looked at.
+            growth[node.name] = _ratio(here.moment2, _at_least_one(base[node.name]))
+        return size, contrast, growth
+
+    def _backward(self) -> dict[str, float]:
+        left: dict[str, float] = {}
+        for node in reversed(self.nodes):
+            best: float | None = None
+            users = [u for u in self.users[node] if u.name in left]
+            for user in users:
+                kept = 1.0
+                if user.name not in self.heads and self._step(user) != "passes":
+                    kept = _ratio(_norm2(self.signals[node.name]), _norm2(self.signals[user.name]))
+                    if len(users) > 1:
+                        kept = min(1.0, kept)  # what the other users send back is not this one's doing
+                value = left[user.name] * kept
+                best = value if best is None else max(best, value)
+            left[node.name] = 1.0 if best is None else best
+        return left
+
+    def _gradient_growth(self) -> dict[str, float]:
+        starts = [s for n in self.nodes if n.name in self.heads for s in self.sources[n]]
+        at_head = [g for n in starts if (g := _norm2(self.signals[n.name])) is not None and g > 0]
+        if not at_head:
+            return {}
+        return {n.name: g / max(at_head) for n in self.nodes if (g := _norm2(self.signals[n.name])) is not None}
+
+    def _heads(self) -> frozenset[str]:
+        """The last linear operator before each output, found upwards through what has one source."""
+        from initaudit.graph.calls import role_of
+
+        by_name = {n.name: n for n in self.nodes}
+        found = set()
+        for name in self.trace.outputs:
+            node = by_name.get(name)
+            for _ in range(_FAR):
+                if node is None or role_of(node).kind in ("contraction", "recurrent"):
+                    break
+                sources = self.sources[node]
+                node = sources[0] if len(sources) == 1 else None
+            if node is not None:
+                found.add(node.name)
+        return frozenset(found)
+
+
+def _norm2(signal: Signal) -> float | None:
+    return None if signal.gradient_moment2 is None else signal.gradient_moment2 * math.prod(signal.shape)
+
+
+def _at_least_one(value: float | None) -> float:
+    return 1.0 if value is None else max(1.0, value)
+
+
+def _ratio(here: float | None, before: float | None) -> float:
+    """After / before; 1 where either was not measured or there was nothing before: what is already lost is not lost again."""
+    if here is None or before is None or before <= 0:
+        return 1.0
+    return here / before

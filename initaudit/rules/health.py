@@ -1,0 +1,102 @@
+"""How the signal and the gradient of an untrained network fare as a whole: the consequences that init rules wait for.
+
+Each threshold stands between what healthy networks show and where training was seen to fail. Healthy: default torchvision,
+timm and transformers models, GPT-2 and Llama of up to 12 blocks, 20 layers of ReLU under He. Failing: 276 small networks that
+were trained under five learning rates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.support import chain, normalised, view
+
+Level = Literal["", "warning", "error"]
+
+# Healthy networks keep 1e-2 of the signal that tells examples apart on its way to the output. (warning, error): between the two
+# most failed under SGD and most trained under Adam, below the second nearly all failed under SGD.
+SIGNAL = (1e-5, 1e-9)
+# Of the share that differs between examples healthy ones keep 2e-2.
+CONTRAST = (1e-4, 1e-9)
+# Of the gradient's squared norm healthy ones keep 1e-3 down to the first layer.
+GRADIENT = (1e-5, 1e-11)
+# Healthy signals grow 10-fold in power, healthy gradients 100-fold; a growth that a norm ends is at most a warning.
+GROWTH = (1e3, 1e7)
+GRADIENT_GROWTH = (1e4, 1e8)
+
+
+@dataclass(frozen=True)
+class Health:
+    """Ratios of second moments at their worst, and the level of harm of each; `layers` are what they were measured over.
+
+    `growth` is the largest of any layer, `reaching` that of the signal which the output's layer reads.
+    """
+
+    layers: tuple[LayerEvidence, ...]
+    signal: float = 1.0
+    contrast: float = 1.0
+    gradient: float = 1.0
+    growth: float = 1.0
+    gradient_growth: float = 1.0
+    reaching: float = 1.0
+    worst_gradient: LayerEvidence | None = None
+    worst_growth: LayerEvidence | None = None
+    worst_gradient_growth: LayerEvidence | None = None
+
+    @property
+    def vanishing(self) -> Level:
+        """How badly signal, contrast or gradient vanish."""
+        found = (below(self.signal, SIGNAL), below(self.contrast, CONTRAST), below(self.gradient, GRADIENT))
+        return worst(*found)
+
+    @property
+    def exploding(self) -> Level:
+        """How badly signal or gradient grow."""
+        return worst(self.growing, above(self.gradient_growth, GRADIENT_GROWTH))
+
+    @property
+    def growing(self) -> Level:
+        """How badly the signal grows: an error only where the growth reaches the output's layer."""
+        level = above(self.growth, GROWTH)
+        return level if above(self.reaching, GROWTH) else "warning" if level else ""
+
+
+def below(value: float, limits: tuple[float, float]) -> Level:
+    """The level of a value that must not be small; exact zeros are no vanishing but a cut, and have rules of their own."""
+    return "" if value >= limits[0] or value == 0 else "warning" if value >= limits[1] else "error"
+
+
+def above(value: float, limits: tuple[float, float]) -> Level:
+    """The level of a value that must not be large."""
+    return "" if not value > limits[0] else "warning" if value <= limits[1] else "error"
+
+
+def worst(*levels: Level) -> Level:
+    """The worst of some levels."""
+    return "error" if "error" in levels else "warning" if "warning" in levels else ""
+
+
+def health(evidence: Evidence) -> Health:
+    """The health of the network as the probe saw it; all ones where there was none, or its signal was not finite."""
+    flow, trace = view(evidence).flow, evidence.trace
+    layers = chain(evidence)
+    if flow is None or trace is None or evidence.graph is None or not layers or trace.first_non_finite is not None:
+        return Health(tuple(layers))
+    signal = min((flow.size[n] * flow.contrast[n] for n in flow.last if n in flow.size), default=1.0)
+    contrast = min((flow.contrast[n] for n in flow.last if n in flow.contrast), default=1.0)
+    inputs = {n.name: [a.name for a in n.all_input_nodes] for n in evidence.graph.fx.nodes}
+
+    def at(layer: LayerEvidence, values: dict[str, float]) -> list[float]:
+        return [values[name] for name in inputs.get(layer.pair.node, ()) if name in values]
+
+    gradients = [(min(found), x) for x in layers if (found := at(x, dict(flow.gradient)))]
+    grown = [(max(found), x) for x in layers if (found := at(x, dict(flow.gradient_growth)))]
+    # A norm right behind a layer undoes its growth; one that comes later leaves the layers between to suffer from it.
+    sizes = [(flow.growth[x.pair.node], x) for x in layers if x.pair.node in flow.growth and not normalised(x)]
+    low = min((g for g in gradients if g[0] > 0), key=lambda g: g[0], default=(1.0, None))
+    high = max(grown, key=lambda g: g[0], default=(1.0, None))
+    size = max(sizes, key=lambda g: g[0], default=(1.0, None))
+    reaches = max((flow.growth[n] for n in flow.last if n in flow.growth), default=1.0)
+    return Health(tuple(layers), signal, contrast, low[0], size[0], high[0], reaches, low[1], size[1], high[1])

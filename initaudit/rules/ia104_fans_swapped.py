@@ -1,0 +1,107 @@
+"""IA104: fan-in and fan-out have traded places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.examples import example
+from initaudit.rules.health import health
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, normalised, parameter, plain
+
+# Numerators of the classical laws: He, LeCun, PyTorch's default, He for tanh's gain 5/3.
+_LAWS = {"He": 2.0, "LeCun": 1.0, "PyTorch's default": 1 / 3, "tanh's gain 5/3": 25 / 9}
+# Fans closer than this make no difference worth a word.
+_APART = 1.5
+
+
+class FansSwapped(Rule):
+    """The variance fits a scheme exactly once fan-in and fan-out trade places.
+
+    What it does: `torch.nn.init` takes the second axis of a weight for fan-in. A weight that is stored (in, out), as for
+    `x @ W`, is then scaled by the number of its outputs. Reported where the layout is (in, out), the scheme fits the wrong fan
+    and not the right one, and no normalization follows.
+
+    Why it is bad: a layer from 1024 to 256 gets four times the variance it needs, one from 256 to 1024 a quarter, and the
+    factors of several layers multiply.
+
+    Example: `W = nn.Parameter(torch.empty(1024, 256)); nn.init.kaiming_normal_(W)` used as `x @ W`.
+
+    Instead: `nn.init.kaiming_normal_(W.T)`, which writes into W through its transpose.
+
+    Source: https://github.com/pytorch/pytorch/issues/129834; He et al. 2015, eq. 10 and 14.
+    """
+
+    code = "IA104"
+    name = "fans-swapped"
+    severity = "warning"
+    phase = "init"
+    summary = "the variance fits the scheme exactly when fan-in and fan-out trade places"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for all the weights of this kind."""
+        if not initial(evidence):
+            return
+        found = [(x, law) for x in fresh_layers(evidence, "contraction") if (law := _swapped(x))]
+        found = [(x, law) for x, law in found if plain(x) and not normalised(x)]
+        if not found:
+            return
+        first, law = found[0]
+        pair = first.pair
+        expected = _LAWS[law] / pair.fan_in
+        yield self.finding(
+            f"variance {first.moments.variance:.3g} is that of {law} with fan_out {pair.fan_out} in the place of fan_in "
+            f"{pair.fan_in}: "
+            f"{first.moments.variance / expected:.3g} times the {expected:.3g} meant, "
+            f"{abs(first.moments.variance / expected - 1) / (error_of(first) * first.moments.variance / expected):.0f} "
+            "standard errors "
+            f"off, because the weight is stored (in, out); each such layer rescales signal and gradient by that factor",
+            f"torch.nn.init.kaiming_normal_({parameter(first.tensor)}.T)",
+            severity="error" if health(evidence).exploding == "error" or health(evidence).vanishing == "error" else "warning",
+            measured=first.moments.variance,
+            expected=expected,
+            related=tuple(x.tensor for x, _ in found[1:]),
+            **fields(first),
+        )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """The same weights, initialised through their transpose."""
+        return (example("x @ W, initialised through W.T", lambda: _products(transposed=True)),)
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """Initialised as they are stored."""
+        return (example("x @ W, initialised as stored", lambda: _products(transposed=False)),)
+
+
+def _swapped(layer: LayerEvidence) -> str:
+    """The law that fits with the fans swapped and not as they are, "" for none."""
+    pair, error, variance = layer.pair, error_of(layer), layer.moments.variance
+    if tuple(pair.axes) != ("i", "o") or not math.isfinite(error) or not variance > 0:
+        return ""
+    if abs(math.log(pair.fan_in / pair.fan_out)) < math.log(_APART):
+        return ""
+    known = [c / pair.fan_in for c in _LAWS.values()] + [2 / (pair.fan_in + pair.fan_out)]
+    if any(abs(variance / v - 1) < SIGMAS * error for v in known):
+        return ""
+    return next((name for name, c in _LAWS.items() if abs(variance * pair.fan_out / c - 1) < SIGMAS * error), "")
+
+
+def _products(*, transposed: bool) -> Any:
+    import torch
+    from torch import nn
+
+    class Product(nn.Module):
+        def __init__(self, fan_in: int, fan_out: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(fan_in, fan_out))
+            nn.init.kaiming_normal_(self.weight.T if transposed else self.weight)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return x @ self.weight
+
+    return nn.Sequential(Product(256, 64), nn.ReLU(), Product(64, 16), nn.ReLU(), Product(16, 4)), (torch.randn(16, 256),)

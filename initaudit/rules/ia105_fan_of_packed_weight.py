@@ -1,0 +1,142 @@
+"""IA105: a packed or grouped weight, scaled by the fan of the whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.examples import example
+from initaudit.rules.health import health
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, normalised, parameter, path_of, plain
+
+_QKV = 3
+
+
+class FanOfPackedWeight(Rule):
+    """A weight that packs several matrices, or a grouped kernel, was scaled by the fan of the whole.
+
+    What it does: recognises (a) a matrix of queries, keys and values in one, drawn by Xavier with all 3E outputs counted, and
+    (b) the kernel of a grouped convolution drawn with the channels of all groups, where a unit sees those of one group.
+
+    Why it is bad: (a) every projection is sqrt(2) too small, which costs a little at the start; (b) a depthwise kernel of 64
+    channels has 1/64 of the variance it needs. Without a normalization behind it this compounds from layer to layer.
+
+    Example: `nn.MultiheadAttention` draws `in_proj_weight` so.
+
+    Instead: draw each part by its own fans: `for w in in_proj_weight.chunk(3): nn.init.xavier_uniform_(w)`.
+
+    Source: https://github.com/pytorch/pytorch/issues/166378; He et al. 2015, section 2.2.
+    """
+
+    code = "IA105"
+    name = "fan-of-packed-weight"
+    severity = "error"
+    phase = "init"
+    summary = "a packed or grouped weight (Q,K,V in one matrix; depthwise) was scaled by the fan of the whole"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for each of the two kinds."""
+        if not initial(evidence):
+            return
+        layers = list(fresh_layers(evidence, "contraction"))
+        packed = [x for x in layers if _packed(x)]
+        if packed:
+            first = packed[0]
+            expected = 2 / (first.pair.fan_in + first.pair.fan_out / _QKV)
+            yield self.finding(
+                f"queries, keys and values are one matrix and were drawn by Xavier with all {first.pair.fan_out} outputs "
+                "counted: variance "
+                f"{first.moments.variance:.3g}, {first.moments.variance / expected:.2g} of the {expected:.3g} of each "
+                "projection on its own; "
+                "attention starts a little flatter, and learns",
+                f"for w in {parameter(first.tensor)}.chunk(3): torch.nn.init.xavier_uniform_(w)",
+                severity="info",
+                measured=first.moments.variance,
+                expected=expected,
+                related=tuple(x.tensor for x in packed[1:]),
+                **fields(first),
+            )
+        grouped = [x for x in layers if _grouped(x) and plain(x) and not normalised(x)]
+        if grouped:
+            yield self._grouped(evidence, grouped)
+
+    def _grouped(self, evidence: Evidence, grouped: list[LayerEvidence]) -> Finding:
+        first = grouped[0]
+        level = health(evidence).vanishing
+        expected = 2 / first.pair.fan_in
+        return self.finding(
+            f"variance {first.moments.variance:.3g} is He's with the channels of all {first.pair.groups} groups counted; a "
+            "unit sees one "
+            f"group, fan_in {first.pair.fan_in}, and needs {expected:.3g}: {first.moments.variance / expected:.2g} of it "
+            "is there, which "
+            f"{len(grouped)} such layers multiply on the way to the output",
+            f"torch.nn.init.kaiming_normal_({parameter(first.tensor)})",
+            severity="error" if level == "error" else "warning" if level else "info",
+            measured=first.moments.variance,
+            expected=expected,
+            related=tuple(x.tensor for x in grouped[1:]),
+            **fields(first),
+        )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """Depthwise kernels by their own fan."""
+        return (example("depthwise kernels under He", lambda: _depthwise(9)),)
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """Depthwise kernels by the fan of the whole, and a packed attention."""
+        return (
+            example("depthwise kernels by all channels", lambda: _depthwise(9 * 48)),
+            example("nn.MultiheadAttention", _attention),
+        )
+
+
+def _packed(layer: LayerEvidence) -> bool:
+    pair, error = layer.pair, error_of(layer)
+    if "attention" not in path_of(layer) or pair.fan_out != _QKV * pair.fan_in or not math.isfinite(error):
+        return False
+    variance = layer.moments.variance
+    whole, own = 2 / (pair.fan_in + pair.fan_out), 1 / pair.fan_in
+    return abs(variance / whole - 1) < SIGMAS * error < abs(variance / own - 1)
+
+
+def _grouped(layer: LayerEvidence) -> bool:
+    pair, error, variance = layer.pair, error_of(layer), layer.moments.variance
+    if pair.groups < 2 or pair.axes[:2] != ("o", "i") or not math.isfinite(error) or not variance > 0:
+        return False
+    taps = pair.fan_in // max(1, pair.shape[1])
+    wrong = [2 / (taps * pair.shape[0]), 2 / (taps * pair.shape[1] * pair.groups)]
+    return any(abs(variance / v - 1) < SIGMAS * error for v in wrong) and variance * pair.fan_in < 2 * (1 - SIGMAS * error)
+
+
+def _depthwise(fan: int) -> Any:
+    import torch
+    from torch import nn
+
+    stack: list[nn.Module] = [nn.Conv2d(3, 48, 1)]
+    for _ in range(4):
+        stack += [nn.Conv2d(48, 48, 3, padding=1, groups=48), nn.ReLU(), nn.Conv2d(48, 48, 1), nn.ReLU()]
+    model = nn.Sequential(*stack, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 4))
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.normal_(m.weight, 0, math.sqrt(2 / (fan if m.groups > 1 else m.weight[0].numel())))
+    return model, (torch.randn(8, 3, 10, 10),)
+
+
+def _attention() -> Any:
+    import torch
+    from torch import nn
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(64, 4, batch_first=True), nn.Linear(64, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+    return Reader(), (torch.randn(4, 8, 64),)

@@ -1,0 +1,194 @@
+"""IA106: a deep residual stack whose branches are not scaled down, or in which the wrong matrix is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.examples import example, linear, residual
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, names, parameter, power
+
+if TYPE_CHECKING:
+    from torch import fx
+
+# Branches that return to one stream, from which a stack counts as deep: two a block, so four transformer blocks.
+_DEEP = 8
+# Twelve unscaled blocks of GPT-2 grow the stream 40-fold and train; at a thousandfold what a block adds is a thirtieth of it.
+_GROWN = 1e3
+_STEPS = 12  # nodes between a matrix and the sum that it returns to: bias, dropout, layout
+
+
+class ResidualBranchNotScaled(Rule):
+    """A deep stack of residual branches, whose last matrices are drawn like all others, or in which another one was scaled.
+
+    What it does: finds the matrices that write into a residual stream (a sum which is also carried on), and compares their
+    spread with that of the matrices inside the branches. Where all are drawn with one standard deviation whatever their size,
+    as in the GPT-2 family, the convention divides the last one of each branch by the square root of the number of branches. A
+    warning where the scaled matrix is another one, or where the stream grows a thousandfold; else a remark.
+
+    Why it is bad: every branch adds its variance to the stream. After L blocks the stream is 2L times as strong as one branch,
+    and what later blocks add drowns in it, the more so the deeper the stack.
+
+    Example: GPT-2's `c_proj` without its factor 1/sqrt(2L).
+
+    Instead: `nn.init.normal_(c_proj.weight, std=0.02 / math.sqrt(2 * n_layer))`.
+
+    Source: Radford et al. 2019 (GPT-2), section 2.3; https://github.com/huggingface/transformers/issues/47458;
+    https://github.com/karpathy/llama2.c/issues/579.
+    """
+
+    code = "IA106"
+    name = "residual-branch-not-scaled"
+    severity = "warning"
+    phase = "init"
+    summary = (
+        "a deep residual stack whose convention scales the last matrix of a branch, and this one does not, or the wrong one"
+    )
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """At most one finding."""
+        if evidence.graph is None or not initial(evidence):
+            return
+        stack = _stack(evidence)
+        if stack is None:
+            return
+        count = len(stack.writers)
+        factor = 1 / math.sqrt(count)
+        writer = stack.writers[0]
+        wrong = _wrong(stack)
+        spread = writer.moments.std if wrong else stack.spread
+        unscaled = [x for x in stack.writers if abs(x.moments.std / spread - 1) < SIGMAS * error_of(x) + 0.02]
+        if len(unscaled) < count or (not wrong and not stack.uniform):
+            return
+        grown = stack.growth > _GROWN
+        if wrong:
+            message = (
+                f"{names(wrong, 2)} and the like have {wrong[0].moments.std / spread:.3g} of the other matrices' "
+                "spread, as 1/sqrt of "
+                "the number of branches would give, but they do not return to the residual stream; "
+                f"{names(stack.writers, 2)} do, at "
+                f"{writer.moments.std:.3g}: the branches are quiet in the wrong place"
+            )
+        else:
+            message = (
+                f"{count} matrices return to the residual stream with the same standard deviation {writer.moments.std:.3g} "
+                "as all others; "
+                f"GPT-2's convention is {writer.moments.std * factor:.3g}, {factor:.2g} of it (1/sqrt of the number of "
+                "branches). The "
+                f"probe sees the stream's power grow {power(stack.growth)}-fold"
+                + ("" if grown else ", which does no harm by itself")
+            )
+        yield self.finding(
+            message,
+            f"torch.nn.init.normal_({parameter(writer.tensor)}, std={spread * factor:.3g})  # and the like in each branch",
+            severity="warning" if wrong or grown else "info",
+            measured=writer.moments.std,
+            expected=spread * factor,
+            related=tuple(x.tensor for x in (*stack.writers[1:], *wrong)),
+            **fields(writer),
+        )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """Scaled branches, gated branches, and a shallow stack."""
+        return (
+            example("scaled by 1/sqrt of the branches", lambda: residual(10, change=lambda m: _scale(m, last=True))),
+            example("LayerScale", lambda: residual(10, gate=1e-5)),
+            example("two blocks", lambda: residual(2)),
+        )
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """Not scaled, and the wrong one."""
+        return (
+            example("N(0, 0.02) throughout", lambda: residual(10)),
+            example("the first matrix of each branch scaled", lambda: residual(10, change=lambda m: _scale(m, last=False))),
+        )
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """`writers` return to the stream, `others` lie inside branches; `spread` is the usual standard deviation of the others.
+
+    `uniform` tells whether the others share one standard deviation although their fans differ.
+    """
+
+    writers: list[LayerEvidence]
+    others: list[LayerEvidence]
+    spread: float
+    uniform: bool
+    growth: float
+
+
+def _stack(evidence: Evidence) -> _Stack | None:
+    assert evidence.graph is not None
+    nodes = {n.name: n for n in evidence.graph.fx.nodes}
+    writers, others = [], []
+    sums: list[fx.Node] = []
+    for layer in fresh_layers(evidence, "contraction"):
+        if not layer.moments.m2 > 0:
+            continue
+        end = _sum_behind(nodes.get(layer.pair.node))
+        if end is None:
+            others.append(layer)
+        else:
+            writers.append(layer)
+            sums.append(end)
+    if len(writers) < _DEEP or not others:
+        return None
+    stds = sorted(x.moments.std for x in others)
+    spread = max(stds, key=lambda s: sum(abs(t / s - 1) < 0.05 for t in stds))
+    usual = [x for x in others if abs(x.moments.std / spread - 1) < 0.05]
+    fans = [x.pair.fan_in for x in (*usual, *writers)]
+    uniform = 2 * len(usual) > len(others) and max(fans) > 1.5 * min(fans)
+    growth = 1.0
+    if evidence.trace is not None:
+        powers = [s.moment2 for n in sums if (s := evidence.trace.signals.get(n.name)) is not None and s.moment2]
+        growth = powers[-1] / powers[0] if powers else 1.0
+    return _Stack(writers, others, spread, uniform, growth)
+
+
+def _sum_behind(node: fx.Node | None) -> fx.Node | None:
+    """The sum that a matrix's output goes to unchanged, where that sum is carried on past the next block; None for another."""
+    from initaudit.graph.calls import role_of
+
+    for _ in range(_STEPS):
+        if node is None or len(node.users) != 1:
+            return None
+        user = next(iter(node.users))
+        role = role_of(user)
+        if role.name.lower() in ("add", "add_", "sum") and len(user.all_input_nodes) == 2:
+            if all(a.op != "get_attr" for a in user.all_input_nodes):
+                return user if len(user.users) > 1 else None
+        elif role.kind != "passthrough":
+            return None
+        node = user
+    return None
+
+
+def _wrong(stack: _Stack) -> list[LayerEvidence]:
+    """The matrices inside branches that have the scale which those that return to the stream ought to have.
+
+    Spreads that follow the fans of their matrices are the work of another scheme.
+    """
+    writer = stack.writers[0]
+    found = [x for x in stack.others if _scaled(x, writer.moments.std, len(stack.writers))]
+    by_fan = writer.moments.variance * writer.pair.fan_in
+    return [x for x in found if abs(x.moments.variance * x.pair.fan_in / by_fan - 1) > 0.1]
+
+
+def _scaled(layer: LayerEvidence, spread: float, count: int) -> bool:
+    """Whether the spread is the usual one over sqrt(count), or over that of twice or half as many branches."""
+    slack = SIGMAS * error_of(layer) + 0.02
+    return any(abs(layer.moments.std / spread * math.sqrt(n) - 1) < slack for n in (count, 2 * count, count / 2) if n > 1)
+
+
+def _scale(model: Any, *, last: bool) -> None:
+    blocks = [x for x in linear(model) if x.in_features * 4 == x.out_features or x.out_features * 4 == x.in_features]
+    for layer in blocks:
+        if (layer.in_features > layer.out_features) == last:
+            layer.weight.div_(math.sqrt(len(blocks) / 2))

@@ -1,0 +1,95 @@
+"""IA108: weights pinned to a distant truncation bound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import fields, fresh_layers, initial, names, parameter
+
+# The largest of 10^9 normal values lies at 6.1 standard deviations: a value at 12 was not drawn.
+_FAR = 12.0
+_SHARE = 0.01  # more than this share at one value is a distribution of its own, quantised or masked
+_SAMPLE = 1 << 20
+_NORMAL_MEDIAN = 0.6745  # of |z| for z ~ N(0, 1)
+
+
+class PinnedOutliers(Rule):
+    """A handful of weights sit exactly at a distant truncation bound.
+
+    What it does: compares the largest magnitude with the spread of the bulk (median of |w|), and counts how many weights hold
+    exactly that value.
+
+    Why it is bad: a weight of -2 among weights of 0.02 dominates its unit: one input decides what the unit says.
+
+    Example: `trunc_normal_` in bfloat16, where rounding sends the tails of the inverse error function to the bounds.
+
+    Instead: draw in float32 and convert, or give bounds in proportion: `trunc_normal_(w, std=0.02, a=-0.04, b=0.04)`.
+
+    Source: https://github.com/pytorch/pytorch/issues/145498.
+    """
+
+    code = "IA108"
+    name = "pinned-outliers"
+    severity = "warning"
+    phase = "init"
+    summary = "a handful of weights sit exactly at a distant truncation bound"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for all tensors of this kind."""
+        if not initial(evidence):
+            return
+        found = [
+            (x, *pinned) for x in fresh_layers(evidence, "contraction", "recurrent", "embedding") if (pinned := _pinned(x))
+        ]
+        if not found:
+            return
+        layer, bound, count, spread = found[0]
+        yield self.finding(
+            f"{count} of {layer.moments.count:,} weights are exactly {bound:.4g}, {abs(bound) / spread:.0f} standard "
+            "deviations of the others "
+            f"({spread:.3g}) from zero; such a weight decides its unit alone"
+            + (f"; the same in {names([x.tensor for x, *_ in found[1:]])}" if len(found) > 1 else ""),
+            f"torch.nn.init.trunc_normal_({parameter(layer.tensor)}.float(), std={spread:.3g}, a={-2 * spread:.3g}, "
+            f"b={2 * spread:.3g})"
+            "  # drawn in float32, converted after",
+            measured=bound,
+            expected=spread,
+            related=tuple(x.tensor for x, *_ in found[1:]),
+            **fields(layer),
+        )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """A normal law has no such values."""
+        return (example("He", lambda: mlp(64, 128, 128, 5)),)
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """Three weights at -2."""
+        return (example("three weights at -2", lambda: mlp(64, 128, 128, 5, gain=0.3, change=_pin)),)
+
+
+def _pinned(layer: LayerEvidence) -> tuple[float, int, float] | None:
+    """(value, how many, spread of the bulk), or None. Moments rule most tensors out before anything is read."""
+    moments = layer.moments
+    largest = max(abs(moments.min), abs(moments.max))
+    if not moments.m2 > 0 or moments.count < 1000 or not largest > 6 * moments.std:
+        return None
+    values = np.abs(layer.read().astype(np.float32, copy=False)).ravel()
+    spread = float(np.median(values[:: max(1, values.size // _SAMPLE)])) / _NORMAL_MEDIAN
+    if not spread > 0 or largest < _FAR * spread:
+        return None
+    at = int(np.count_nonzero(values == np.float32(largest)))
+    if at < 2 or at > _SHARE * values.size:
+        return None
+    return (moments.min if -moments.min >= moments.max else moments.max), at, spread
+
+
+def _pin(model: Any) -> None:
+    linear(model)[1].weight.view(-1)[7:5000:2000].fill_(-2.0)

@@ -1,0 +1,97 @@
+"""IA111: a bias that outweighs everything the weights can send."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import fields, normalised, parameter
+
+# A sum of many inputs is normal: beyond four standard deviations a unit is on for one input in thirty thousand.
+_DEVIATIONS = 4.0
+_SOME, _MOST = 0.1, 0.5
+# Activations that are exactly flat far on the left.
+_OFF_BELOW = ("relu", "relu6", "squared_relu", "hardswish", "hardsigmoid", "clip")
+
+
+class BiasKillsUnits(Rule):
+    """The bias outweighs everything the weights can send, so the unit never activates.
+
+    What it does: for every unit in front of a ReLU compares its bias with the standard deviation of what its weights make of
+    the inputs that the probe saw, and reports units whose bias lies more than four of them on the flat side, where the probe
+    finds them off for every input.
+
+    Why it is bad: a unit that never activates gets no gradient, and neither does its bias.
+
+    Example: biases of -6 before ReLU, taken over from a layer whose inputs were larger.
+
+    Instead: zero biases.
+
+    Source: https://github.com/facebookresearch/dlrm/pull/358; Lu et al. 2020, "Dying ReLU and initialization".
+    """
+
+    code = "IA111"
+    name = "bias-kills-units"
+    severity = "error"
+    phase = "any"
+    summary = "the bias outweighs everything the weights can send; the unit never activates"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for all layers of this kind."""
+        found = [(x, share) for x in evidence.layers if (share := _killed(evidence, x)) > _SOME]
+        if not found:
+            return
+        layer, share = found[0]
+        bias = layer.pair.bias or ""
+        values = evidence.checkpoint.arrays[bias].read().astype(np.float64)
+        spread = math.sqrt(layer.records[0].input_moment2 or 0) * math.sqrt(layer.moments.moment2 * layer.pair.fan_in)
+        yield self.finding(
+            f"{100 * share:.0f} % of the units never activate: the biases average {values.mean():.3g}, and what the "
+            "weights send has a "
+            f"standard deviation of {spread:.3g}; such units and their biases get no gradient",
+            f"torch.nn.init.zeros_({parameter(bias)})",
+            # Trained networks use large negative biases to switch units off that are not needed.
+            severity=("error" if share > _MOST else "warning") if evidence.phase != "trained" or share > 0.9 else "info",
+            measured=float(values.mean()),
+            expected=0.0,
+            related=(bias, *(x.tensor for x, _ in found[1:])),
+            **fields(layer),
+        )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """Small biases, and a negative one at the output."""
+        return (
+            example("biases of -0.5", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-0.5))),
+            example("a prior at the output", lambda: mlp(32, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-6))),
+        )
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """Biases of -9."""
+        return (example("biases of -9", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-9))),)
+
+
+def _killed(evidence: Evidence, layer: LayerEvidence) -> float:
+    """The share of units that their bias switches off."""
+    pair = layer.pair
+    off = next((f for f in layer.feeds if f.activation.name in _OFF_BELOW), None)
+    array = evidence.checkpoint.arrays.get(pair.bias or "")
+    if off is None or array is None or evidence.trace is None or not layer.records or normalised(layer) or off.path:
+        return 0.0
+    signal, power = evidence.trace.signals.get(off.node), layer.records[0].input_moment2
+    if signal is None or not signal.dead or power is None or not layer.moments.moment2 > 0:
+        return 0.0
+    bias = array.read().astype(np.float64).ravel()
+    axes = [i for i, a in enumerate(pair.axes) if a == "o"]
+    weight = layer.read().astype(np.float64)
+    if len(axes) != 1 or weight.shape[axes[0]] != bias.size:
+        return 0.0
+    rows = np.moveaxis(weight, axes[0], 0).reshape(bias.size, -1)
+    reach = np.sqrt((rows**2).sum(1) * power)
+    return min(float(np.mean(bias < -_DEVIATIONS * reach - 1e-12)), signal.dead)

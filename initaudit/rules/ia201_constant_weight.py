@@ -1,0 +1,104 @@
+"""IA201: a weight whose values are all equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.examples import example, linear, mlp, residual
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import fields, fresh_layers, init_line, initial, to_output
+
+
+class ConstantWeight(Rule):
+    """All values of a weight are equal, zero included, and learning cannot break it.
+
+    What it does: a weight of equal values makes all its units compute the same. They stay copies of each other unless the
+    gradient tells them apart: it does for a zero head, for LoRA's B and for the last matrix of a zero-initialised branch, which
+    are healthy. Reported are constants that are not zero in hidden layers, constants whose units get equal gradients, and
+    zeros that never get a gradient, as the probe found by taking two virtual steps.
+
+    Why it is bad: a layer of a thousand units that are copies is a layer of one unit. A zero layer without a skip cuts the
+    network in two: nothing before it learns, and every input looks the same behind it.
+
+    Example: `nn.init.constant_(w, 0.05)`, or `zeros_` in a hidden layer.
+
+    Instead: `nn.init.kaiming_normal_(w)`; zeros only where another drawn factor lets the gradient through.
+
+    Source: Goodfellow et al. 2016, section 8.4 (breaking symmetry).
+    """
+
+    code = "IA201"
+    name = "constant-weight"
+    severity = "error"
+    phase = "init"
+    summary = "all values equal (zero included) and learning cannot break it"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for each such weight."""
+        if not initial(evidence):
+            return
+        for layer in fresh_layers(evidence):
+            reason = _reason(evidence, layer)
+            if reason:
+                yield self.finding(
+                    f"all {layer.moments.count:,} weights are {layer.moments.mean:.6g}: {reason}",
+                    init_line(layer),
+                    measured=0.0,
+                    expected=layer.expectation.exact,
+                    **fields(layer),
+                )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """Zeros that learn at once."""
+        return (
+            example("a zero head", lambda: mlp(32, 64, 5, change=lambda m: linear(m)[-1].weight.zero_())),
+            example(
+                "zeros at the end of residual branches",
+                lambda: residual(3, change=lambda m: [x.weight.zero_() for x in linear(m) if x.in_features > x.out_features]),
+            ),
+        )
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """A constant, and zeros without a way round."""
+        return (
+            example("0.05 in a hidden layer", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].weight.fill_(0.05))),
+            example("zeros in a hidden layer", lambda: mlp(32, 64, 64, 64, 5, change=lambda m: linear(m)[1].weight.zero_())),
+        )
+
+
+def _reason(evidence: Evidence, layer: LayerEvidence) -> str:
+    """Why a constant weight is a fault; "" where it is none."""
+    moments, pair = layer.moments, layer.pair
+    units = 1
+    for size, axis in zip(pair.shape, pair.axes, strict=True):
+        units *= size if axis == "o" else 1
+    if moments.m2 != 0 or moments.count < 2 or units < 2 or pair.fan_in < 2 or not pair.trainable:
+        return ""
+    if moments.mean == 0:
+        return _zero(evidence, layer)
+    if to_output(layer):
+        return ""
+    copies = _copies(layer)
+    first = f"its {units} units compute one and the same number"
+    return first + (", and get the same gradient for ever" if copies else ", apart from their biases, and learn as one")
+
+
+def _zero(evidence: Evidence, layer: LayerEvidence) -> str:
+    trace = evidence.trace
+    if trace is None:
+        return ""
+    for name in layer.pair.constants:
+        record = trace.parameters.get(name)
+        if record is not None and record.gradient_zero and record.revived is None:
+            silent = sum(p.gradient_zero and p.revived is None for p in trace.parameters.values()) - 1
+            more = f", and it cuts {silent} other parameters off from the gradient" if silent else ""
+            return f"it gets no gradient, nor after two steps of the others{more}"
+    return "its units get the same gradient for ever" if _copies(layer) else ""
+
+
+def _copies(layer: LayerEvidence) -> bool:
+    units = [r.units for r in layer.records if r.units is not None]
+    return any(u.distinct == 1 and u.count > 1 for u in units)

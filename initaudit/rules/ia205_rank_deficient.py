@@ -1,0 +1,117 @@
+"""IA205: far fewer independent directions than the shape allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import fields, fresh_layers, init_line, initial, to_output
+
+# A weight is projected to this many rows and columns, which keeps its rank up to that.
+_SIDE = 96
+_LARGEST = 1 << 24  # elements looked at
+# Singular values below this share of the largest are rounding in float32; in a 16-bit weight its own.
+_ROUNDING = {"float16": 2e-3, "bfloat16": 1.6e-2}
+_HALF = 0.5
+
+
+class RankDeficient(Rule):
+    """A weight has far fewer independent directions than its shape allows.
+
+    What it does: counts the singular values, of the weight or of a random projection of it to 96 by 96, that are not rounding
+    errors. A drawn matrix has full rank; less than half of it is reported.
+
+    Why it is bad: what the layer sends on lies in a few directions. The other units are combinations of them, and the gradient
+    reaches the layers before in as few.
+
+    Example: an outer product of two vectors; a matrix made of a few repeated blocks.
+
+    Instead: `nn.init.orthogonal_(w)`, or any independent draw.
+
+    Source: Saxe et al. 2014, section 3; Marchenko & Pastur 1967 for the spectrum of a draw.
+    """
+
+    code = "IA205"
+    name = "rank-deficient"
+    severity = "warning"
+    phase = "init"
+    summary = "far fewer independent directions than the shape allows"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for each weight."""
+        if not initial(evidence):
+            return
+        for layer in fresh_layers(evidence, "contraction"):
+            if (
+                not layer.moments.m2 > 0
+                or to_output(layer)
+                or not layer.pair.trainable
+                or layer.moments.nan
+                or layer.moments.inf
+            ):
+                continue
+            found = _rank(evidence, layer)
+            if found is None:
+                continue
+            rank, most = found
+            if rank < _HALF * most:
+                yield self.finding(
+                    f"of {most} directions that a weight of this shape has at least, {rank} are independent (singular "
+                    "values above "
+                    "rounding): what the layer sends on lies in these few, and so does the gradient behind it",
+                    init_line(layer),
+                    measured=float(rank),
+                    expected=float(most),
+                    **fields(layer),
+                )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """A draw, and an identity."""
+        return (
+            example("He", lambda: mlp(32, 64, 64, 5)),
+            example(
+                "the identity", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].weight.fill_(0).fill_diagonal_(1))
+            ),
+        )
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """An outer product."""
+        return (example("an outer product", lambda: mlp(32, 64, 64, 5, change=_outer)),)
+
+
+def _rank(evidence: Evidence, layer: LayerEvidence) -> tuple[int, int] | None:
+    """(independent directions, how many there could be), both up to 96; None for shapes that are no matrix."""
+    pair = layer.pair
+    axes = [i for i, a in enumerate(pair.axes) if a == "o"]
+    if not axes or pair.groups > 1 or layer.moments.count > _LARGEST:
+        return None
+    values = layer.read()
+    others = [i for i in range(values.ndim) if i not in axes]
+    rows = int(np.prod([values.shape[i] for i in axes]))
+    matrix = values.transpose(*axes, *others).reshape(rows, -1).astype(np.float32)
+    most = min(*matrix.shape, _SIDE)
+    if most < 8:
+        return None
+    generator = np.random.default_rng(0)
+    if matrix.shape[1] > _SIDE:
+        matrix = matrix @ generator.standard_normal((matrix.shape[1], _SIDE)).astype(np.float32)
+    if matrix.shape[0] > _SIDE:
+        matrix = generator.standard_normal((_SIDE, matrix.shape[0])).astype(np.float32) @ matrix
+    singular = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    array = evidence.checkpoint.arrays.get(layer.tensor)
+    rounding = _ROUNDING.get(array.dtype if array is not None else "", 1e-5)
+    return int(np.count_nonzero(singular > rounding * singular[0])), most
+
+
+def _outer(model: Any) -> None:
+    import torch
+
+    weight = linear(model)[1].weight
+    weight.copy_(torch.outer(torch.randn(64), torch.randn(64)) / 6)

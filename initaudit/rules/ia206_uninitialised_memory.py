@@ -1,0 +1,93 @@
+"""IA206: values that are arbitrary bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from initaudit.rules.evidence import Evidence
+from initaudit.rules.examples import example, mlp
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import init_line, parameter
+
+# Values of a drawn or trained weight lie within a few powers of ten of each other. Arbitrary bytes are spread evenly over the
+# exponents: a fifth of float32 lies above 1e23, as much below 1e-23. One in fifty on either side at once is far from both.
+_BOTH = 0.02
+_LIMITS = {"float16": (512.0, 2e-3), "float32": (1e6, 1e-6), "float64": (1e6, 1e-6), "bfloat16": (1e6, 1e-6)}
+_SAMPLE = 1 << 16
+
+
+class UninitialisedMemory(Rule):
+    """The exponents of the values are spread as arbitrary bytes are, not as any distribution is.
+
+    What it does: counts values above a million and nonzero values below a millionth (above 512 and below 0.002 in float16)
+    where both occur in one tensor, together with what is not finite.
+
+    Why it is bad: the tensor was allocated and never written. It holds what lay in memory, which differs from run to run, and
+    some of it is 1e34 or NaN.
+
+    Example: a head made by `torch.empty` whose initializer was skipped because the module was built on the meta device.
+
+    Instead: initialise every tensor that a checkpoint does not bring.
+
+    Source: https://github.com/huggingface/transformers/issues/28968, /46002 and /44575.
+    """
+
+    code = "IA206"
+    name = "uninitialised-memory"
+    severity = "error"
+    phase = "any"
+    summary = "the exponents of the values are spread as arbitrary bytes are, not as any distribution is"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for each tensor."""
+        for name, moments in evidence.tensors.items():
+            array = evidence.checkpoint.arrays.get(name)
+            if array is None or array.dtype not in _LIMITS or moments.size < 16:
+                continue
+            large, small = _LIMITS[array.dtype]
+            largest = max(abs(moments.min), abs(moments.max)) if moments.count else 0.0
+            if not (moments.nan or moments.inf or largest > large):
+                continue
+            above, below = _shares(array.read(), large, small)
+            if min(above, below) < _BOTH:
+                continue
+            layer = evidence.layer(name)
+            yield self.finding(
+                f"{100 * above:.0f} % of the values are above {large:g} or not finite, and {100 * below:.0f} % below "
+                f"{small:g}: no "
+                f"initialization and no training gives such numbers ({moments.min:.2g} to {moments.max:.2g}), arbitrary "
+                "bytes do",
+                init_line(layer) if layer is not None else f"torch.nn.init.xavier_normal_({parameter(name)})",
+                tensor=name,
+                site=layer.pair.site if layer is not None else "",
+                measured=above,
+                expected=0.0,
+            )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """Numbers of all sizes that a training may leave."""
+        return (example("He", lambda: mlp(32, 64, 64, 5)),)
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """Random bytes."""
+        return (example("random bytes", lambda: mlp(32, 64, 64, change=_bytes)),)
+
+
+def _shares(values: np.ndarray[Any, Any], large: float, small: float) -> tuple[float, float]:
+    flat = values.ravel()
+    with np.errstate(invalid="ignore"):  # arbitrary bytes are also signalling NaNs
+        size = np.abs(flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64))
+    above = ~np.isfinite(size) | (size > large)
+    return float(np.mean(above)), float(np.mean((size < small) & (size > 0)))
+
+
+def _bytes(model: Any) -> None:
+    import torch
+
+    weight = model[2].weight
+    weight.copy_(torch.randint(-(2**31), 2**31, tuple(weight.shape)).to(torch.int32).view(torch.float32))

@@ -1,0 +1,90 @@
+"""IA207: two zero factors of one product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from initaudit.rules.evidence import Evidence
+from initaudit.rules.examples import example
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import init_line, initial, names, parameter
+
+
+class ZerosInSeries(Rule):
+    """Two zero factors of one product: neither ever receives a gradient.
+
+    What it does: looks for weights that are zero and whose gradient is zero, and stays zero after two virtual steps of all
+    other parameters. One zero factor learns, because the other lets its gradient through; two wait for each other.
+
+    Why it is bad: the branch is dead for the whole of training, and nothing else shows it: the loss goes down without it.
+
+    Example: two zero convolutions in a row, or LoRA with both A and B zero.
+
+    Instead: draw the first factor and leave the last zero: `nn.init.kaiming_uniform_(lora_A.weight, a=math.sqrt(5))`.
+
+    Source: https://github.com/lllyasviel/ControlNet/issues/510; Hu et al. 2021 (LoRA), section 4.1.
+    """
+
+    code = "IA207"
+    name = "zeros-in-series"
+    severity = "error"
+    phase = "init"
+    summary = "two zero factors of one product: neither ever receives a gradient"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for all weights that wait for each other."""
+        trace = evidence.trace
+        if trace is None or not initial(evidence):
+            return
+        silent = {n for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None and p.norm == 0}
+        layers = [x for x in evidence.layers if x.moments.m2 == 0 and x.moments.mean == 0]
+        stuck = [x for x in layers if any(name in silent for name in x.pair.constants)]
+        stuck = list({x.tensor: x for x in stuck}.values())
+        if len(stuck) < 2:
+            return
+        first = stuck[0]
+        yield self.finding(
+            f"{names(stuck)} are zero and wait for each other: the gradient of each is a product with another zero, and "
+            "stays zero "
+            "after two steps of all other parameters, so they never learn",
+            init_line(first) if first.gain is not None else f"torch.nn.init.xavier_normal_({parameter(first.tensor)})",
+            measured=0.0,
+            tensor=first.tensor,
+            site=first.pair.site,
+            location=first.pair.location,
+            related=tuple(x.tensor for x in stuck[1:]),
+        )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """One zero factor."""
+        return (example("LoRA with B zero", lambda: _adapter(zero_a=False)),)
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """Both."""
+        return (example("LoRA with A and B zero", lambda: _adapter(zero_a=True)),)
+
+
+def _adapter(*, zero_a: bool) -> Any:
+    import torch
+    from torch import nn
+
+    class Adapter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.a, self.b = (
+                nn.Linear(32, 16).requires_grad_(False),
+                nn.Linear(32, 4, bias=False),
+                nn.Linear(4, 16, bias=False),
+            )
+            nn.init.zeros_(self.b.weight)
+            if zero_a:
+                nn.init.zeros_(self.a.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.base(x) + self.b(self.a(x))
+            return y
+
+    return Adapter(), (torch.randn(8, 32),)

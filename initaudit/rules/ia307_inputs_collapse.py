@@ -1,0 +1,78 @@
+"""IA307: different inputs become the same representation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from initaudit.rules.evidence import Evidence
+from initaudit.rules.examples import example, linear, mlp, residual
+from initaudit.rules.health import CONTRAST, below, health
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import init_line, initial, names, power, ratio_of, view
+
+
+class InputsCollapse(Rule):
+    """Different inputs become the same representation.
+
+    What it does: follows the variance between examples as a share of the second moment, from the input to the layer that makes
+    the output, where every step through weights, activations and norms counts and sums keep what any part has.
+
+    Why it is bad: the network computes a constant. Its gradients agree for all examples, so the first steps fit the average
+    answer, and what tells inputs apart has to be found among rounding errors.
+
+    Example: deep stacks with weights too small for their biases, or sigmoids, which add 1/2 to everything.
+
+    Instead: the variance that the activation needs, zero biases, and a normalization or residual connections in deep stacks.
+
+    Source: Poole et al. 2016, eq. 5; Schoenholz et al. 2017: a network trains up to about 6 correlation depths.
+    """
+
+    code = "IA307"
+    name = "inputs-collapse"
+    severity = "error"
+    phase = "init"
+    summary = "different inputs become the same representation (correlation to 1, rank collapse)"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """At most one finding."""
+        state, flow = health(evidence), view(evidence).flow
+        if flow is None or evidence.trace is None or not initial(evidence) or not state.layers:
+            return
+        level = below(state.contrast, CONTRAST)
+        last = [evidence.trace.signals[n] for n in flow.last if n in evidence.trace.signals]
+        constant = bool(last) and all(s.moment2 == 0 or s.spread == 0 for s in last)
+        if not level and not constant:
+            return
+        small = [x for x in state.layers if (ratio_of(x) or 1) < 1] or list(state.layers)
+        found = "nothing" if constant else power(state.contrast)
+        yield self.finding(
+            f"of the difference between inputs {found} is left after {len(state.layers)} layers, relative to what they "
+            "have in common (healthy "
+            f"networks keep more than 0.02; {names(small, 3)} have small weights): the network starts as a constant, and "
+            "all examples ask "
+            "for the same change",
+            init_line(small[0]),
+            severity="error" if constant else level or "warning",
+            measured=0.0 if constant else state.contrast,
+            expected=1.0,
+            tensor=small[0].tensor,
+            site=small[0].pair.site,
+            location=small[0].pair.location,
+            related=tuple(x.tensor for x in small[1:]),
+        )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """A deep stack under He, and LayerScale."""
+        return (
+            example("He before 20 ReLU layers", lambda: mlp(64, *[128] * 20, 5)),
+            example("LayerScale 1e-6", lambda: residual(6, gate=1e-6)),
+        )
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """Sigmoids, and a zero layer."""
+        return (
+            example("ten sigmoid layers", lambda: mlp(32, *[64] * 10, 5, act="Sigmoid", gain=1.0)),
+            example("a zero layer", lambda: mlp(32, 64, 64, 64, 5, change=lambda m: linear(m)[1].weight.zero_())),
+        )

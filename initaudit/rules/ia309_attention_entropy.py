@@ -1,0 +1,109 @@
+"""IA309: attention that is one-hot at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.examples import example
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import fields, fresh_layers, init_line, initial, path_of
+
+# Entropy as a share of that of a uniform row. At unit variance of the scores it is 0.8 to 0.9; at 0.2 and 16 positions 1.7 of
+# them share nine tenths of the weight.
+_ONE_HOT = 0.25
+_LEAST = 4  # positions: with fewer a row has no entropy to speak of
+
+
+class AttentionEntropy(Rule):
+    """Softmax attention is one-hot at the start.
+
+    What it does: takes the mean entropy of the rows of every attention, as a share of that of a uniform row.
+
+    Why it is bad: the slope of a softmax that has decided is zero: queries and keys get no gradient, and each position copies
+    one other at random. In long training such heads make the loss diverge.
+
+    Example: queries and keys drawn from N(0, 1) at width 64, where scores have a standard deviation of hundreds.
+
+    Instead: scores of unit variance: `xavier_uniform_` for each projection and a scale of 1/sqrt(d).
+
+    Source: Zhai et al. 2023 (entropy collapse), section 3; Vaswani et al. 2017, section 3.2.1 for the scale.
+    """
+
+    code = "IA309"
+    name = "attention-entropy"
+    severity = "warning"
+    phase = "init"
+    summary = "softmax attention is one-hot at the start (or uniform because its input collapsed)"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for all attentions of this kind."""
+        if evidence.trace is None or not initial(evidence):
+            return
+        ends = set(evidence.trace.outputs)
+        sharp = [
+            s
+            for s in sorted(evidence.trace.signals.values(), key=lambda s: s.order)
+            if s.entropy is not None
+            and s.entropy < _ONE_HOT
+            and s.node not in ends
+            and len(s.shape) >= 3
+            and s.shape[-2] >= _LEAST
+        ]
+        if not sharp:
+            return
+        layers = [x for x in fresh_layers(evidence, "contraction") if "attention" in path_of(x)]
+        layers = sorted(layers, key=_excess, reverse=True)
+        entropy = sharp[0].entropy or 0.0
+        first = layers[0] if layers else None
+        detail = ""
+        if first is not None and first.expectation.lecun:
+            detail = (
+                f"; {first.tensor} has {first.moments.variance / first.expectation.lecun:.3g} times LeCun's variance "
+                "1/fan_in, at which "
+                "scores have unit variance"
+            )
+        where: dict[str, Any] = fields(first) if first is not None else {"site": sharp[0].node}
+        yield self.finding(
+            f"{len(sharp)} attentions are nearly one-hot: their rows have {100 * entropy:.0f} % of the entropy of uniform "
+            f"ones{detail}; "
+            "queries and keys get almost no gradient through a softmax that has decided",
+            init_line(first) if first is not None else "scale the scores by 1/sqrt(d)",
+            measured=entropy,
+            expected=0.85,
+            related=tuple(x.tensor for x in layers[1:]),
+            **where,
+        )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """Scores of unit variance."""
+        return (example("LeCun's projections", lambda: _attention(1.0)),)
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """N(0, 1)."""
+        return (example("N(0, 1) projections", lambda: _attention(8.0)),)
+
+
+def _excess(layer: LayerEvidence) -> float:
+    return layer.moments.variance / layer.expectation.lecun if layer.expectation.lecun else 0.0
+
+
+def _attention(gain: float) -> Any:
+    import torch
+    from torch import nn
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 5)
+            for layer in (self.q, self.k, self.v):
+                nn.init.normal_(layer.weight, 0, gain / 8)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            scores = self.q(x) @ self.k(x).transpose(1, 2) / 8
+            return self.head(x + scores.softmax(-1) @ self.v(x))
+
+    return Reader(), (torch.randn(8, 16, 64),)

@@ -1,0 +1,100 @@
+"""IA310: logits so large that the first loss is far above chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from initaudit.rules.evidence import Evidence
+from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.support import fields, initial, is_fresh, parameter, to_output
+
+# Library heads drawn as U(±1/sqrt(classes)) start at 2 to 4 times ln C with ten classes and train: the first tens of steps
+# bring them down. Beyond both limits more is undone than learnt at first.
+_TIMES = 4.0
+_NATS = 8.0
+_CLASSES = (2, 1 << 18)
+_DRAWS = 256
+
+
+class LargeInitialLogits(Rule):
+    """The loss that a classifier starts with is far above that of guessing, ln(classes).
+
+    What it does: takes the second moment of the model's output, where a linear layer makes it, and computes the cross-entropy
+    that logits of this size give against labels they know nothing of. Reported beyond four times ln(classes) and eight nats
+    above it. For a regression the same number says that the output starts that far from its targets' scale.
+
+    Why it is bad: the first steps go into shrinking the head, with gradients as large as the error; they shake everything
+    below, and pretrained features first.
+
+    Example: a head tied to `nn.Embedding`, which is drawn from N(0, 1).
+
+    Instead: `nn.init.normal_(head.weight, std=0.02)`, or zeros.
+
+    Source: Karpathy 2019, "A recipe for training neural networks" (verify the loss at init).
+    """
+
+    code = "IA310"
+    name = "large-initial-logits"
+    severity = "warning"
+    phase = "init"
+    summary = "the expected initial loss is far above ln(classes)"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for each head."""
+        if evidence.trace is None or not (initial(evidence) or evidence.phase == "mixed"):
+            return
+        for layer in evidence.layers:
+            if layer.pair.role != "contraction" or not to_output(layer) or not is_fresh(evidence, layer) or not layer.records:
+                continue
+            moment2, classes = layer.records[0].output_moment2, _classes(layer.pair.shape, layer.pair.axes)
+            if moment2 is None or not math.isfinite(moment2) or not _CLASSES[0] <= classes <= _CLASSES[1]:
+                continue
+            loss = expected_loss(math.sqrt(moment2), classes)
+            chance = math.log(classes)
+            if loss > _TIMES * chance and loss > chance + _NATS:
+                inputs = layer.records[0].input_moment2 or 1.0
+                std = 1 / math.sqrt(layer.pair.fan_in * inputs)
+                yield self.finding(
+                    f"{classes} outputs of standard deviation {math.sqrt(moment2):.3g}: a cross-entropy would start at "
+                    f"{loss:.3g}, where "
+                    f"guessing has ln({classes}) = {chance:.3g}; the first steps go into shrinking them, with gradients "
+                    "that shake every "
+                    "layer below",
+                    f"torch.nn.init.normal_({parameter(layer.tensor)}, std={min(std, 0.02):.3g})",
+                    measured=loss,
+                    expected=chance,
+                    **fields(layer),
+                )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """A default head, and one that starts at twice ln(classes)."""
+        return (
+            example("He", lambda: mlp(32, 64, 10)),
+            example("U(±1/sqrt(10))", lambda: mlp(32, 64, 10, change=lambda m: linear(m)[-1].weight.uniform_(-0.32, 0.32))),
+        )
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """A head of N(0, 1)."""
+        return (example("N(0, 1) on 400 features", lambda: mlp(32, 400, 50, change=lambda m: linear(m)[-1].weight.normal_())),)
+
+
+def expected_loss(std: float, classes: int) -> float:
+    """The mean cross-entropy of logits N(0, std²) against labels independent of them, E[ln sum exp z]."""
+    draws = np.random.default_rng(0).standard_normal((_DRAWS, min(classes, 4096))) * std
+    peak = draws.max(1)
+    found = float(np.mean(peak + np.log(np.exp(draws - peak[:, None]).sum(1))))
+    if classes > 4096:
+        # Below std = sqrt(2 ln n) the sum of exponentials grows as n, above it as their maximum (Derrida 1981, eq. 8).
+        edge, wider = math.sqrt(2 * math.log(4096)), math.sqrt(2 * math.log(classes))
+        found += math.log(classes / 4096) if std < edge else std * (wider - edge)
+    return found
+
+
+def _classes(shape: tuple[int, ...], axes: tuple[str, ...]) -> int:
+    return math.prod(n for n, a in zip(shape, axes, strict=True) if a == "o")

@@ -1,0 +1,68 @@
+"""IA501: a layer of a trained checkpoint that was not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.rule import Finding, Rule
+from initaudit.rules.support import names
+
+# Trained layers that make a checkpoint a trained one, and the share that may be fresh before the checkpoint is a new model.
+_TRAINED = 2
+_FRESH = 0.5
+
+
+class UntrainedLayer(Rule):
+    """A layer of a trained checkpoint still has the distribution of a fresh initialization.
+
+    What it does: tests every weight for being an independent draw from a known law (moments, extremes, rows and columns,
+    largest singular value), and reports those that are, where most of the others are not. Weights that training does not
+    touch, and those that are frozen, are left out.
+
+    Why it is bad: a key did not match when the checkpoint was loaded, so that this layer is random. The model answers, badly.
+
+    Example: `model.load_state_dict(state, strict=False)` with renamed layers.
+
+    Instead: `strict=True`, and look at the keys that are missing.
+
+    Source: https://github.com/huggingface/transformers/issues/46620; Martin & Mahoney 2021 for spectra of trained layers.
+    """
+
+    code = "IA501"
+    name = "untrained-layer"
+    severity = "error"
+    phase = "trained"
+    summary = "a layer of a trained checkpoint still has the distribution of a fresh initialization"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for all layers of this kind."""
+        if evidence.phase not in ("trained", "mixed"):
+            return
+        judged = {x.tensor: x for x in evidence.layers if x.recognition is not None and x.pair.role != "embedding"}
+        fresh = [x for x in judged.values() if _is_draw(x)]
+        trained = [x for x in judged.values() if x.recognition is not None and x.recognition.verdict == "trained"]
+        if not fresh or len(trained) < _TRAINED or len(fresh) > _FRESH * (len(fresh) + len(trained)):
+            return
+        first = fresh[0]
+        assert first.recognition is not None
+        fit = first.recognition.schemes[0]
+        yield self.finding(
+            f"{names(fresh)} still {'has' if len(fresh) == 1 else 'have'} the distribution of a fresh draw: {fit.name} fits "
+            f"{first.tensor} with p = {fit.p_value:.2g}, while {len(trained)} other weights are trained; it was probably "
+            "not loaded",
+            "compare the checkpoint's names with the model's: model.load_state_dict(state, strict=True)",
+            measured=first.moments.variance,
+            expected=fit.variance,
+            tensor=first.tensor,
+            site=first.pair.site,
+            location=first.pair.location,
+            related=tuple(x.tensor for x in fresh[1:]),
+        )
+
+
+def _is_draw(layer: LayerEvidence) -> bool:
+    recognition = layer.recognition
+    if recognition is None or recognition.verdict != "init" or not recognition.schemes or not layer.pair.trainable:
+        return False
+    return layer.moments.m2 > 0

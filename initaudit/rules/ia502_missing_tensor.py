@@ -1,0 +1,59 @@
+"""IA502: a tensor that is empty, absent or unexpected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from initaudit.rules.evidence import Evidence
+from initaudit.rules.rule import Finding, Rule
+from initaudit.rules.support import names
+
+
+class MissingTensor(Rule):
+    """A tensor has no elements, or is absent although the index, the configuration or the architecture names it.
+
+    What it does: reports what the loader found missing or unexpected, and parameters with a size of zero. ONNX files use empty
+    constants for inputs that are left out; these are no weights.
+
+    Why it is bad: a loader that does not check fills the gap with random values.
+
+    Example: shards gathered from ZeRO-3 without its context, whose parameters are placeholders of no elements.
+
+    Instead: `deepspeed.zero.GatheredParameters`, or `zero_to_fp32.py` to put the checkpoint together.
+
+    Source: https://github.com/microsoft/DeepSpeed/issues/2413.
+    """
+
+    code = "IA502"
+    name = "missing-tensor"
+    severity = "error"
+    phase = "any"
+    summary = "an empty, absent or unexpected tensor (against the index, the config or the architecture given)"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for each problem, one for all empty tensors."""
+        for problem in evidence.checkpoint.problems:
+            if problem.code == self.code:
+                yield self.finding(
+                    f"this tensor is not as it should be: {problem.message}",
+                    "save the checkpoint again, complete, or fetch the missing shard",
+                    tensor=problem.tensor,
+                )
+        onnx = evidence.checkpoint.format == "onnx"
+        used = {c for x in evidence.layers for c in x.pair.constants}
+        empty = [
+            n
+            for n, a in evidence.checkpoint.arrays.items()
+            if a.size == 0 and a.dtype.startswith(("float", "bfloat")) and (not onnx or n in used)
+        ]
+        if empty:
+            shape = "x".join(map(str, evidence.checkpoint.arrays[empty[0]].shape))
+            yield self.finding(
+                f"{names(empty)} {'has' if len(empty) == 1 else 'have'} no elements (shape {shape}): a placeholder was "
+                "saved in the "
+                "place of the values, and a loader fills the gap with random ones",
+                "gather the parameters before saving, or put the shards together",
+                tensor=empty[0],
+                measured=0.0,
+                related=tuple(empty[1:]),
+            )

@@ -1,0 +1,74 @@
+"""IA504: a gate that is still zero after training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from initaudit.rules.evidence import Evidence
+from initaudit.rules.rule import Finding, Rule
+from initaudit.rules.support import names
+
+if TYPE_CHECKING:
+    from torch import fx
+
+
+class DeadGate(Rule):
+    """A scale or gate is exactly zero after training, so its branch contributes nothing.
+
+    What it does: finds parameters that multiply a signal (a scalar, one number a channel, or a normalization's scale), in a
+    trained network, whose values are all exactly zero.
+
+    Why it is bad: the branch was never used: it was frozen, left out of the optimizer, or lost when the checkpoint was saved.
+    Its layers cost time and do nothing.
+
+    Example: a residual scale that starts at zero and was not given to the optimizer.
+
+    Instead: give it to the optimizer and train on, or remove the branch.
+
+    Source: https://github.com/gallenszl/CFNet/issues/21; Bachlechner et al. 2020 (ReZero).
+    """
+
+    code = "IA504"
+    name = "dead-gate"
+    severity = "warning"
+    phase = "trained"
+    summary = "a scale or gate is zero after training, so its branch contributes nothing"
+
+    def check(self, evidence: Evidence) -> Iterator[Finding]:
+        """One finding for all gates of this kind."""
+        if evidence.graph is None or evidence.phase not in ("trained", "mixed"):
+            return
+        zero = {n for n, m in evidence.tensors.items() if m.count and m.min == m.max == 0.0}
+        gates = [
+            str(node.target)
+            for node in evidence.graph.fx.nodes
+            if node.op == "get_attr" and str(node.target) in zero and _multiplies(node)
+        ]
+        if gates:
+            yield self.finding(
+                f"{names(gates)} {'is' if len(gates) == 1 else 'are'} exactly zero in a trained network: what "
+                f"{'it multiplies' if len(gates) == 1 else 'they multiply'} contributes nothing",
+                "train on with this parameter in the optimizer, or remove the branch",
+                tensor=gates[0],
+                measured=0.0,
+                related=tuple(dict.fromkeys(gates[1:])),
+            )
+
+
+def _multiplies(node: fx.Node) -> bool:
+    """Whether a constant is a factor of a signal."""
+    from initaudit.graph.calls import arguments, role_of
+
+    for user in node.users:
+        if user.op != "call_function":
+            continue
+        role, bound = role_of(user), arguments(user)
+        name = (role.name or getattr(user.target, "__name__", "")).lower()
+        if role.kind == "pointwise" and name in ("mul", "multiply"):
+            return True
+        if role.kind == "normalization" and any(bound.get(k) is node for k in ("weight", "scale", "Scale")):
+            return True
+        if role.kind == "passthrough" and _multiplies(user):
+            return True
+    return False

@@ -1,0 +1,96 @@
+"""One cause, one finding: what follows from another finding is folded into it.
+
+A NaN weight also makes forty activations dead and every gradient vanish; thirty layers under the wrong scheme also lose the
+signal, the gradient and the difference between inputs. The finding at the root stays, says what it entails, and takes the
+severity of the worst that it explains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from initaudit.rules.evidence import Evidence
+from initaudit.rules.rule import SEVERITIES, Finding
+
+_SIGNAL = ("IA301", "IA302", "IA303", "IA304", "IA305", "IA306", "IA307", "IA308", "IA309", "IA310", "IA311", "IA312")
+_DIES = ("IA301", "IA303", "IA305", "IA307", "IA311", "IA312")
+_GROWS = ("IA302", "IA304", "IA305", "IA306", "IA307", "IA308", "IA309", "IA310", "IA312")
+_VALUES = ("IA101", "IA102", "IA103", "IA104", "IA105", "IA107", "IA108", "IA109", "IA110", "IA202", "IA204", "IA205", "IA402")
+
+# For each cause the findings that follow from it anywhere in the network, and those that follow for the same tensors. Earlier
+# causes explain later ones.
+CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("IA001", ("IA002", "IA004"), ("IA003",)),
+    ("IA502", (), ("IA201", "IA311", "IA003")),
+    ("IA206", (*_SIGNAL, "IA401", "IA402"), _VALUES),
+    ("IA401", (*_SIGNAL, "IA004"), (*_VALUES, "IA201", "IA203", "IA601")),
+    ("IA207", _DIES, ("IA201",)),
+    ("IA201", (*_DIES, "IA101", "IA103"), ("IA101", "IA109", "IA202", "IA204", "IA205", "IA501")),
+    ("IA111", (*_DIES, "IA302", "IA304"), ()),
+    ("IA403", (*_DIES, "IA101"), ("IA101", "IA109", "IA202", "IA204", "IA205")),
+    ("IA107", (*_GROWS, "IA102"), ("IA101", "IA102", "IA103", "IA109", "IA205")),
+    ("IA104", (*_GROWS, *_DIES), ("IA101", "IA102", "IA103", "IA109")),
+    ("IA105", (*_DIES, "IA101"), ("IA101", "IA103", "IA109")),
+    ("IA110", _DIES, ("IA101", "IA103")),
+    ("IA103", (*_DIES, *_GROWS), ("IA101", "IA102")),
+    ("IA402", ("IA302", "IA304", "IA310", "IA308"), ("IA102", "IA109", "IA108")),
+    ("IA601", ("IA310",), ("IA102", "IA109", "IA501")),
+    ("IA102", _GROWS, ("IA109",)),
+    ("IA101", _DIES, ("IA109",)),
+    ("IA204", ("IA305",), ("IA202", "IA205")),
+    ("IA202", (), ("IA205",)),
+    ("IA205", ("IA307",), ()),
+    # Without a cause among the weights the worst symptom speaks for the others.
+    ("IA311", ("IA301", "IA303", "IA305", "IA307"), ()),
+    ("IA301", ("IA303", "IA307"), ()),
+    ("IA303", ("IA307",), ()),
+    ("IA302", ("IA304", "IA308", "IA310"), ()),
+    ("IA304", ("IA308",), ()),
+    ("IA306", ("IA308",), ()),
+)
+
+
+def findings_of(evidence: Evidence) -> list[Finding]:
+    """The findings of all rules that the configuration asks for, each at its root, the worst first."""
+    from initaudit.rules import all_rules
+
+    raw = [f for rule in all_rules() if evidence.config.wants(rule.code) for f in rule.check(evidence)]
+    return fold(raw)
+
+
+def fold(findings: Iterable[Finding]) -> list[Finding]:
+    """What remains once every finding that another explains is folded into that; folding again changes nothing."""
+    left = list(findings)
+    for cause, anywhere, same in CAUSES:
+        roots = [f for f in left if f.code == cause and f.severity != "info"]
+        if not roots:
+            continue
+        explained = [f for f in left if f.code != cause and (f.code in anywhere or f.code in same)]
+        for finding in explained:
+            root = _root_of(finding, roots, anywhere=finding.code in anywhere)
+            if root is None:
+                continue
+            left.remove(finding)
+            place = next(i for i, f in enumerate(left) if f is root)
+            left[place] = _with(root, finding)
+            roots = [left[place] if f is root else f for f in roots]
+    return sorted(left, key=lambda f: SEVERITIES.index(f.severity))
+
+
+def _root_of(finding: Finding, roots: Sequence[Finding], *, anywhere: bool) -> Finding | None:
+    """The cause of a finding: one that shares a tensor with it, or the first where the consequence may be anywhere."""
+    tensors = {finding.tensor, *finding.related} - {""}
+    for root in roots:
+        if tensors & {root.tensor, *root.related}:
+            return root
+    return roots[0] if anywhere else None
+
+
+def _with(root: Finding, consequence: Finding) -> Finding:
+    severity = min(root.severity, consequence.severity, key=SEVERITIES.index)
+    note = f"{consequence.name} ({consequence.code})"
+    if note in root.message:
+        return dataclasses.replace(root, severity=severity)
+    joint = ", " if "; seen also as " in root.message else "; seen also as "
+    return dataclasses.replace(root, severity=severity, message=root.message + joint + note)

@@ -1,0 +1,185 @@
+"""What several rules ask of the evidence, each question answered once."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+
+if TYPE_CHECKING:
+    from initaudit.probe.trace import Trace
+    from initaudit.rules.flow import Flow
+
+# Standard errors beyond which a difference is not sampling: one in 2 million under a normal law, so that a network of ten
+# thousand tensors gives no false one.
+SIGMAS = 5.0
+NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "normalization")
+
+
+@dataclass(frozen=True)
+class View:
+    """Evidence with what follows from it; one for each `Evidence`, made by `view`."""
+
+    evidence: Evidence
+    flow: Flow | None
+
+    @property
+    def trace(self) -> Trace | None:
+        """What the probe saw."""
+        return self.evidence.trace
+
+
+@functools.lru_cache(maxsize=4)
+def _view(key: _ById) -> View:
+    evidence = key.evidence
+    if evidence.graph is None or evidence.trace is None:
+        return View(evidence, None)
+    from initaudit.rules.flow import flow_of
+
+    return View(evidence, flow_of(evidence.graph, evidence.trace))
+
+
+class _ById:
+    """Evidence by identity: comparing its arrays would cost more than what is kept."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+
+    def __hash__(self) -> int:
+        return id(self.evidence)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and other.evidence is self.evidence
+
+
+def view(evidence: Evidence) -> View:
+    """The evidence with its flow, computed once for all rules."""
+    return _view(_ById(evidence))
+
+
+def is_fresh(evidence: Evidence, layer: LayerEvidence) -> bool:
+    """Whether an initialization rule may judge this weight: no trained tensor is ever judged by how it was drawn."""
+    if evidence.phase == "trained":
+        return False
+    if evidence.phase == "init":
+        return True
+    return layer.recognition is None or layer.recognition.verdict != "trained"
+
+
+def fresh_layers(evidence: Evidence, *kinds: str) -> Iterator[LayerEvidence]:
+    """The layers that initialization rules judge: linear, convolutional and recurrent ones where no kind is given."""
+    for layer in evidence.layers:
+        if layer.pair.role in (kinds or ("contraction", "recurrent")) and is_fresh(evidence, layer):
+            yield layer
+
+
+def initial(evidence: Evidence) -> bool:
+    """Whether the network as a whole has not been trained, so that its signal is what initialization made it."""
+    return evidence.phase in ("init", "unknown")
+
+
+def path_of(layer: LayerEvidence) -> tuple[str, ...]:
+    """What lies between a weight and the activation it is judged by."""
+    feed = next((f for f in layer.feeds if f.activation.name != "linear"), layer.feeds[0] if layer.feeds else None)
+    return feed.path if feed is not None else ()
+
+
+def activation_of(layer: LayerEvidence) -> str:
+    """The name of the activation that a weight is judged by, with its parameters."""
+    feed = next((f for f in layer.feeds if f.activation.name != "linear"), layer.feeds[0] if layer.feeds else None)
+    if feed is None:
+        return "unknown"
+    parameters = ", ".join(f"{v:g}" for v in feed.activation.parameters.values())
+    return f"{feed.activation.name}({parameters})" if parameters else feed.activation.name
+
+
+def normalised(layer: LayerEvidence) -> bool:
+    """Whether every activation that the weight feeds lies behind a normalization, which takes its scale away."""
+    return bool(layer.feeds) and all(any(name in NORMS for name in feed.path) for feed in layer.feeds)
+
+
+def plain(layer: LayerEvidence) -> bool:
+    """Whether the weight's scale reaches its activation as it is: no norm, no sum with a skip, no gate in between."""
+    kept = ("concat", "pool", "max_pool", "sum", "attention", "multiply", "output", "mask")
+    return all(all(name in kept or name.endswith(" gate") for name in feed.path) for feed in layer.feeds[:1])
+
+
+def to_output(layer: LayerEvidence) -> bool:
+    """Whether the weight makes the model's output: a head, whose scale is a choice of its own."""
+    return any("output" in feed.path for feed in layer.feeds)
+
+
+def error_of(layer: LayerEvidence) -> float:
+    """The standard error of the observed variance relative to it; infinite where there are too few values."""
+    variance, error = layer.moments.variance, layer.expectation.standard_error
+    return error / variance if variance > 0 and math.isfinite(error) and error > 0 else math.inf
+
+
+def ratio_of(layer: LayerEvidence) -> float | None:
+    """Observed variance over that which keeps the signal's size through the activation; None where either is unknown."""
+    exact = layer.expectation.exact
+    if exact is None or not exact > 0 or not math.isfinite(layer.moments.variance):
+        return None
+    return layer.moments.variance / exact
+
+
+def sigmas(layer: LayerEvidence, expected: float) -> float:
+    """Standard errors between the observed variance and `expected`, signed; the error is that of the observed one."""
+    relative = error_of(layer)
+    return (layer.moments.variance / expected - 1) / (relative * layer.moments.variance / expected) if relative > 0 else 0.0
+
+
+def chain(evidence: Evidence) -> list[LayerEvidence]:
+    """The linear, convolutional and recurrent layers that the probe reached, in forward order, without the output's."""
+    return [x for x in evidence.layers if x.records and x.pair.role in ("contraction", "recurrent") and not to_output(x)]
+
+
+def power(value: float) -> str:
+    """A ratio of second moments for a message: short, and readable when it is very small or large."""
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.0e}"
+
+
+def parameter(tensor: str) -> str:
+    """The Python expression for a parameter of `model`."""
+    return f'model.get_parameter("{tensor}")'
+
+
+def init_line(layer: LayerEvidence) -> str:
+    """The line that draws this weight as its activation needs it (He et al. 2015, eq. 10, with the exact gain)."""
+    pair, gain = layer.pair, layer.gain
+    target = parameter(pair.tensor)
+    name = activation_of(layer)
+    regular = pair.axes[:2] == ("o", "i") and pair.overlap == 1.0 and not pair.gates and layer.expectation.exact is not None
+    if pair.role == "recurrent":
+        return f"for gate in {target}.chunk({max(1, len(pair.gates))}): torch.nn.init.orthogonal_(gate)"
+    if regular and name == "relu":
+        return f'torch.nn.init.kaiming_normal_({target}, nonlinearity="relu")'
+    variance = layer.expectation.exact if layer.expectation.exact is not None else layer.expectation.lecun
+    if variance is None or gain is None:
+        return f"torch.nn.init.xavier_normal_({target})"
+    return f"torch.nn.init.normal_({target}, std={math.sqrt(variance):.4g})  # gain {gain.gain or 1:.4g}, fan_in {pair.fan_in}"
+
+
+def fields(layer: LayerEvidence) -> dict[str, Any]:
+    """Where a finding about this layer is."""
+    return {"tensor": layer.tensor, "site": layer.pair.site, "location": layer.pair.location}
+
+
+def names(layers: list[LayerEvidence] | list[str], most: int = 4) -> str:
+    """A few names for a message: the first ones and how many more."""
+    plain_names = [x if isinstance(x, str) else x.tensor for x in layers]
+    unique = list(dict.fromkeys(plain_names))
+    more = f" and {len(unique) - most} more" if len(unique) > most else ""
+    return ", ".join(unique[:most]) + more
+
+
+BOUNDED = ("tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign", "erf", "atan", "relu6", "sin", "cos")
+
+
+def bounded(evidence: Evidence, layers: tuple[LayerEvidence, ...]) -> bool:
+    """Whether any of the layers feeds a bounded activation, or is a recurrence, whose signal cannot grow."""
+    return any(x.pair.role == "recurrent" or any(f.activation.name in BOUNDED for f in x.feeds) for x in layers)
