@@ -1,0 +1,225 @@
+"""Which schemes a tensor may have been drawn from, and whether training has moved it since.
+
+Two questions are put to the values. Their *marginal* law: mean, variance, kurtosis, extremes and the distribution of a sample,
+against each scheme of the catalogue and against normal, truncated and uniform laws of any scale. And their *independence*: sums
+and sums of squares of rows, columns, input channels and kernel taps, correlations of neighbours, the largest singular value.
+A fresh draw passes both. Training adds what is shared between entries (an update is a sum of few outer products), and pushes
+values over the hard edge of a uniform law.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from initaudit.expect.laws import (
+    NORMAL,
+    UNIFORM,
+    Law,
+    anderson_darling,
+    chi_square,
+    law_of,
+    marchenko_pastur_edge,
+    truncated_law,
+    two_sided,
+)
+from initaudit.expect.schemes import Scheme, Site, catalogue
+from initaudit.measure.observation import Observation
+
+# A scheme whose p-value, corrected for the number of tests, is below this is not in the set.
+LEVEL = 1e-3
+# Below this many values a law of free scale is matched by too much to be evidence of anything.
+ENOUGH = 1000
+# From this many on a normal tensor does not stay one through training, and a law of free scale says something.
+PLENTY = 50_000
+# A block of fewer rows or columns has no spectrum worth the asymptotic law.
+LEAST_SIDE = 12
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A scheme that the values do not contradict: the p-value of all tests together and the variance it asks for."""
+
+    name: str
+    p_value: float
+    variance: float
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """`schemes` in falling order of p-value; `free` tells that they fit no scheme of the catalogue, but a law of another scale.
+
+    `verdict` is "init" where a fresh draw explains the values and few other things would, "trained" where no fresh draw does,
+    "unknown" where there are too few values to say. `decisive` tells that training would have shown: a constant, an orthogonal
+    matrix and a hard bound do not survive it, while a small normal tensor may be moved by a tenth of its norm unseen; whether it
+    was, only its company can tell (`phase`). `evidence` is the p-value of the independence tests by name.
+    """
+
+    schemes: tuple[Fit, ...]
+    verdict: Literal["init", "trained", "unknown"]
+    free: bool = False
+    decisive: bool = False
+    evidence: tuple[tuple[str, float], ...] = ()
+
+
+def recognise(seen: Observation, site: Site) -> Recognition:
+    """What the values seen say about where they came from; `site` describes the same tensor."""
+    m = seen.moments
+    if m.count == 0 or m.nan or m.inf:
+        return Recognition((), "unknown")
+    if m.m2 == 0:
+        return _constant(m.mean, site)
+    if seen.structure in ("identity", "dirac"):
+        return Recognition((Fit(seen.structure, 1.0, m.variance),), "init", decisive=True)
+    if seen.structure in ("orthogonal", "delta_orthogonal"):
+        return Recognition((Fit(f"{seen.structure}({seen.gain:.4g})", 1.0, m.variance),), "init", decisive=True)
+    fits = []
+    if seen.sparsity:
+        fit = _fit(seen, _free_normal(seen, f"sparse({seen.sparsity:.3g}, {m.std:.4g})"), lambda law: {})
+        fits = [fit] if fit is not None else []
+        return Recognition(tuple(fits), _verdict(seen, fits, False), True, bool(fits))
+    known: dict[Law, dict[str, float]] = {}
+
+    def independence(law: Law) -> dict[str, float]:
+        if law not in known:
+            known[law] = _independence(seen, site, law)
+        return known[law]
+
+    for scheme in catalogue(site):
+        if scheme.distribution != "constant":
+            fit = _fit(seen, scheme, independence)
+            fits += [fit] if fit is not None else []
+    free = not fits
+    if free:
+        for scheme in _free(seen):
+            fit = _fit(seen, scheme, independence)
+            fits += [fit] if fit is not None else []
+    fits.sort(key=lambda f: -f.p_value)
+    independence(NORMAL)
+    kindest = max(known.values(), key=lambda tests: min(tests.values(), default=1.0))
+    return Recognition(
+        tuple(fits), _verdict(seen, fits, free), free and bool(fits), _decisive(seen, fits, free), tuple(kindest.items())
+    )
+
+
+def _constant(value: float, site: Site) -> Recognition:
+    names = [s for s in catalogue(site) if s.distribution == "constant" and math.isclose(s.mean, value, rel_tol=4e-3)]
+    # 16-bit types round by up to 0.4 %; the nearest name is meant.
+    best = min(names, key=lambda s: abs(s.mean - value), default=None)
+    return Recognition((Fit(best.name if best is not None else f"constant({value:.6g})", 1.0, 0.0),), "init", decisive=True)
+
+
+def _verdict(seen: Observation, fits: list[Fit], free: bool) -> Literal["init", "trained", "unknown"]:
+    n = seen.moments.count
+    if fits:
+        return "init" if n >= (PLENTY if free else ENOUGH) else "unknown"
+    return "trained" if n >= 30 else "unknown"
+
+
+def _decisive(seen: Observation, fits: list[Fit], free: bool) -> bool:
+    bounded = any("uniform" in f.name or "default" in f.name for f in fits) and abs(seen.moments.kurtosis - 1.8) < 0.2
+    return bool(fits) and not free and ((bounded and seen.moments.count >= ENOUGH) or seen.moments.count >= PLENTY)
+
+
+def _free_normal(seen: Observation, name: str) -> Scheme:
+    m = seen.moments
+    return Scheme(name, 0.0, m.moment2, "normal", math.inf, "any", "")
+
+
+def _free(seen: Observation) -> list[Scheme]:
+    """Laws whose scale is taken from the values."""
+    m = seen.moments
+    largest, variance = max(abs(m.min), abs(m.max)), m.moment2
+    law = truncated_law(2.0)
+    # A uniform law's bound is just above the largest value, as far as this is known after rounding.
+    low, high = largest * (1 - seen.spacing), largest * (1 + seen.spacing + 1 / m.count)
+    bound = min(max(math.sqrt(3 * variance), low), high)
+    return [
+        _free_normal(seen, f"normal({m.std:.4g})"),
+        Scheme(f"uniform({bound:.4g})", 0.0, bound * bound / 3, "uniform", bound, "any", ""),
+        Scheme(f"trunc_normal({m.std:.4g}, 2 std)", 0.0, variance, "truncated", law.cut * math.sqrt(variance), "any", ""),
+    ]
+
+
+def _fit(seen: Observation, scheme: Scheme, independence: Callable[[Law], dict[str, float]]) -> Fit | None:
+    """The fit of a scheme, or None where its p-value is below LEVEL. Cheap tests first: most schemes fall at the variance."""
+    law = law_of(scheme.distribution, scheme.bound, scheme.variance) if scheme.distribution == "truncated" else _simple(scheme)
+    tests = _moment_tests(seen, scheme, law)
+    if min(tests) * len(tests) < LEVEL:
+        return None
+    tests += list(independence(law).values())
+    count = len(tests) + 1
+    if min(tests) * count < LEVEL:
+        return None
+    if seen.sample.size >= 8:
+        tests.append(anderson_darling(seen.sample / math.sqrt(scheme.variance), law))
+    p = min(1.0, min(tests) * count)
+    return Fit(scheme.name, p, scheme.variance) if p >= LEVEL else None
+
+
+def _simple(scheme: Scheme) -> Law:
+    return NORMAL if scheme.distribution == "normal" else UNIFORM
+
+
+def _moment_tests(seen: Observation, scheme: Scheme, law: Law) -> list[float]:
+    """p-values of the mean, the variance, the extremes and the kurtosis."""
+    m, n, v = seen.moments, seen.moments.count, scheme.variance
+    k = law.moment4
+    ratio = m.moment2 / v
+    # Wilson & Hilferty's cube root for n x^2/v, whose variance is (k - 1) n instead of 2 n.
+    degrees = 2 * n / (k - 1)
+    tests = [two_sided(m.mean * math.sqrt(n / v)), chi_square(ratio * degrees, degrees)]
+    std = math.sqrt(v)
+    largest = max(abs(m.min), abs(m.max)) / std
+    slack = seen.spacing / 2 + 1e-6
+    if largest * (1 - slack) > law.cut:
+        tests.append(0.0)
+    else:
+        # The largest of n values lies below x with probability P(|z| < x)^n.
+        too_small = math.exp(max(-700.0, n * law.log_within(largest * (1 + slack))))
+        too_large = -math.expm1(max(-700.0, n * law.log_within(largest * (1 - slack))))
+        tests.append(min(1.0, 2 * min(too_small, too_large)))
+    if n >= 5000:
+        tests.append(two_sided((m.kurtosis - k) / math.sqrt(law.kurtosis_variance / n + seen.spacing**4)))
+    return tests
+
+
+def _independence(seen: Observation, site: Site, law: Law) -> dict[str, float]:
+    """p-values of what entries that are drawn independently do not share, whatever their scale."""
+    tests: dict[str, float] = {}
+    if seen.sums is None:
+        return tests
+    v, sums = seen.moments.moment2, seen.sums
+    rows, columns = sums.shape
+    families = [("row", sums.row_sums, sums.row_squares, columns), ("column", sums.column_sums, sums.column_squares, rows)]
+    taps = math.prod(site.shape[2:])
+    if "k" in site.axes[2:] and taps * site.shape[1] == columns and min(taps, site.shape[1]) > 1:
+        by_tap = sums.column_sums.reshape(-1, taps), sums.column_squares.reshape(-1, taps)
+        families += [
+            ("channel", by_tap[0].sum(1), by_tap[1].sum(1), rows * taps),
+            ("tap", by_tap[0].sum(0), by_tap[1].sum(0), rows * site.shape[1]),
+        ]
+    for name, first, second, length in families:
+        tests[f"{name} sums"] = chi_square(float(np.sum(first**2)) / (length * v), first.size)
+        if first.size > 2:
+            tests[f"{name} norms"] = _dispersion(second / v, length, law)
+    for name, (correlation, count) in zip(("along rows", "along columns"), seen.lags, strict=False):
+        if count > 100:
+            tests[f"neighbours {name}"] = two_sided(correlation * math.sqrt(count))
+    if min(seen.block) >= LEAST_SIDE:
+        tests["largest singular value"] = marchenko_pastur_edge(seen.largest, *sorted(seen.block))
+    return tests
+
+
+def _dispersion(squares: np.ndarray[Any, Any], length: int, law: Law) -> float:
+    """The p-value of the spread of sums of `length` squares of independent values of variance 1."""
+    n = squares.size
+    ratio = float(np.var(squares, ddof=1)) / (length * (law.moment4 - 1))
+    # The variance of a sample variance: (kurtosis - 1)/n of its square, nearly; that of a sum shrinks with its length.
+    kurtosis = 3 + (law.square_kurtosis - 3) / length
+    degrees = 2 * (n - 1) / (kurtosis - 1)
+    return chi_square(ratio * degrees, degrees)

@@ -1,0 +1,213 @@
+"""Everything that a fresh weight's law is recognised by, from one streaming pass and a bounded second look at the tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from initaudit.measure.moments import Moments, measure
+from initaudit.measure.units import UnitSums, as_matrix, measure_units
+
+Vector = np.ndarray[Any, Any]
+
+SAMPLE = 16_384  # values drawn for tests of the distribution
+SIDE = 1024  # rows and columns of the block whose spectrum is taken
+STEPS = 24  # of the power iteration; stopping early makes the largest value smaller, never larger
+# How many digits a stored value has, as the spacing of values just above 1.
+_SPACING = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was seen of a tensor of `shape`; the matrix is (first axis, all others).
+
+    `moments` and `sums` leave out rows of exact zeros (a padding index) and, where `sparsity` is not 0, all zeros. `sample`
+    is an ascending sample of at most SAMPLE values, those of 16-bit types spread evenly over what they were rounded from.
+    `spacing` is the relative spacing of the stored values, 0 for 32 bits and more. `largest` is the largest eigenvalue of
+    B B^T for a block B of shape `block`, divided by its mean square; `lags` the correlations of neighbours along rows
+    and columns with their counts. `structure` is "identity", "dirac", "orthogonal", "delta_orthogonal" or "".
+    `gain` is that of an orthogonal matrix.
+    """
+
+    shape: tuple[int, ...]
+    moments: Moments
+    sums: UnitSums | None = field(repr=False)
+    sample: Vector = field(repr=False)
+    spacing: float = 0.0
+    block: tuple[int, int] = (0, 0)
+    largest: float = math.nan
+    lags: tuple[tuple[float, int], ...] = ()
+    structure: str = ""
+    gain: float = math.nan
+    sparsity: float = 0.0
+    zero_rows: int = 0
+
+
+def observe(array: np.ndarray[Any, Any]) -> Observation:
+    """The observation of `array` of any shape and real dtype. Raises TypeError for a dtype that is not of real numbers."""
+    spacing = _SPACING.get(array.dtype.name, 0.0)
+    empty = np.zeros(0)
+    if array.ndim < 2 or array.shape[0] == 1 or array.size == 0 or as_matrix(array).shape[1] == 1:
+        moments = measure(array)
+        return Observation(array.shape, moments, None, _sample(array.reshape(-1), moments, False), spacing)
+    matrix = as_matrix(array)
+    moments, sums = measure_units(matrix)
+    if moments.nan or moments.inf or moments.m2 == 0:
+        return Observation(array.shape, moments, None, empty, spacing)
+    structure, gain = _structure(array, matrix, moments, sums, spacing)
+    if structure in ("identity", "dirac", "delta_orthogonal"):
+        return Observation(array.shape, moments, None, empty, spacing, structure=structure, gain=gain)
+    zero = sums.row_squares == 0
+    zero_rows = int(np.count_nonzero(zero))
+    sparsity = _sparsity(matrix, moments, zero_rows)
+    dropped = moments.zeros if sparsity else zero_rows * matrix.shape[1]
+    kept = _without_zeros(moments, dropped)
+    if zero_rows:
+        sums = replace(
+            sums,
+            shape=(matrix.shape[0] - zero_rows, matrix.shape[1]),
+            row_sums=sums.row_sums[~zero],
+            row_squares=sums.row_squares[~zero],
+        )
+    sample = _sample(matrix, kept, drop_zeros=dropped > 0)
+    block, largest, lags = _spectrum(matrix[~zero] if 0 < zero_rows <= matrix.shape[0] // 2 else matrix, kept)
+    return Observation(array.shape, kept, sums, sample, spacing, block, largest, lags, structure, gain, sparsity, zero_rows)
+
+
+def _without_zeros(moments: Moments, dropped: int) -> Moments:
+    """The moments of what is left when `dropped` zeros are taken away: Pébay's formulas hold for negative counts as well."""
+    if not dropped:
+        return moments
+    n = moments.count - dropped
+    mean = moments.mean * moments.count / n
+    # About zero, whose powers the dropped values add nothing to.
+    a, m = moments.mean, moments
+    raw2 = m.m2 + m.count * a**2
+    raw3 = m.m3 + 3 * a * m.m2 + m.count * a**3
+    raw4 = m.m4 + 4 * a * m.m3 + 6 * a * a * m.m2 + m.count * a**4
+    m2 = raw2 - n * mean**2
+    m3 = raw3 - 3 * mean * raw2 + 2 * n * mean**3
+    m4 = raw4 - 4 * mean * raw3 + 6 * mean**2 * raw2 - 3 * n * mean**4
+    return replace(moments, count=n, mean=mean, m2=m2, m3=m3, m4=m4, zeros=moments.zeros - dropped)
+
+
+def _gather(array: np.ndarray[Any, Any]) -> Vector:
+    """At most SAMPLE values as float64, one at random from each of as many equal stretches; always the same ones."""
+    if array.size <= SAMPLE:
+        return array.astype(np.float64).reshape(-1)
+    rng = np.random.default_rng(array.size)
+    places = ((np.arange(SAMPLE) + rng.random(SAMPLE)) * (array.size / SAMPLE)).astype(np.int64)
+    picked: Vector = array[np.unravel_index(np.minimum(places, array.size - 1), array.shape)].astype(np.float64)
+    return picked
+
+
+def _sample(array: np.ndarray[Any, Any], moments: Moments, drop_zeros: bool) -> Vector:
+    values = _gather(array)
+    values = values[np.isfinite(values)]
+    if drop_zeros:
+        values = values[values != 0]
+    spacing = _SPACING.get(array.dtype.name)
+    if spacing is not None:
+        exponent = np.frexp(np.abs(values))[1] - 1
+        if array.dtype.name == "float16":
+            exponent = np.maximum(exponent, -14)
+        step = np.ldexp(spacing, exponent)
+        values = values + step * (np.random.default_rng(values.size).random(values.size) - 0.5)
+    return np.sort(values)
+
+
+def _spectrum(matrix: np.ndarray[Any, Any], moments: Moments) -> tuple[tuple[int, int], float, tuple[tuple[float, int], ...]]:
+    """(shape of a block, the largest eigenvalue of B B^T over the mean square, correlations of neighbours)."""
+    rows, columns = min(SIDE, matrix.shape[0]), min(SIDE, matrix.shape[1])
+    # Rows spread over the matrix: of a table, the first are often the ones that training touches most. Columns that lie
+    # together, so that neighbours are neighbours.
+    picked = np.linspace(0, matrix.shape[0] - 1, rows).astype(np.int64)
+    left = (matrix.shape[1] - columns) // 2
+    every = rows == matrix.shape[0]
+    block = np.ascontiguousarray(matrix[:, left : left + columns] if every else matrix[picked, left : left + columns])
+    # Scaled first: squares of the smallest and largest values leave the range of float32.
+    b = (block.astype(np.float64) / math.sqrt(moments.moment2)).astype(np.float32)
+    total = float(np.sum(b * b, dtype=np.float64))
+    if not total > 0:
+        return (0, 0), math.nan, ()
+    lags = [(float(np.sum(np.vecdot(b[:, 1:], b[:, :-1]), dtype=np.float64)) / total, rows * (columns - 1))]
+    if every:
+        lags.append((float(np.sum(np.vecdot(b[1:], b[:-1]), dtype=np.float64)) / total, (rows - 1) * columns))
+    vector = np.random.default_rng(0).normal(size=rows).astype(np.float32)
+    value = 0.0
+    for _ in range(STEPS):
+        vector = b @ (vector @ b)
+        norm = float(np.linalg.norm(vector))
+        vector /= max(norm, 1e-30)
+        value = norm
+    return (rows, columns), value * rows * columns / total, tuple(lags)
+
+
+def _structure(
+    array: np.ndarray[Any, Any], matrix: np.ndarray[Any, Any], moments: Moments, sums: UnitSums, spacing: float
+) -> tuple[str, float]:
+    """(the deterministic structure of the matrix or "", the gain of an orthogonal one)."""
+    taps = math.prod(array.shape[2:])
+    kept = moments.count - moments.zeros
+    if (
+        kept <= max(array.shape[:2])
+        and moments.max == 1
+        and moments.min >= 0
+        and sums.row_squares.max() <= 1 == sums.row_squares.min()
+    ):
+        name = _unit_entries(array)
+        if name:
+            return name, 1.0
+    if taps > 1 and kept <= array.size // taps:
+        centre = array[(slice(None), slice(None), *(n // 2 for n in array.shape[2:]))]
+        if np.count_nonzero(centre) == kept:
+            gain = orthogonal_gain(centre, measure_units(centre)[1], spacing)
+            return ("delta_orthogonal", gain) if not math.isnan(gain) else ("", math.nan)
+    gain = orthogonal_gain(matrix, sums, spacing)
+    return ("orthogonal", gain) if not math.isnan(gain) else ("", math.nan)
+
+
+def _unit_entries(array: np.ndarray[Any, Any]) -> str:
+    """ "identity" or "dirac" where the ones of `array` (o, i, taps) lie as torch.nn.init puts them, else ""."""
+    places = np.argwhere(array.astype(np.float32) == 1)
+    centred = all(bool(np.all(places[:, axis] == array.shape[axis] // 2)) for axis in range(2, array.ndim))
+    # One input channel for each output channel, in order, over again for each group.
+    in_order = bool(np.array_equal(places[:, 1], places[:, 0] % array.shape[1])) and len(np.unique(places[:, 0])) == len(places)
+    if not (centred and in_order):
+        return ""
+    return "identity" if array.ndim == 2 else "dirac"
+
+
+def orthogonal_gain(matrix: np.ndarray[Any, Any], sums: UnitSums, spacing: float) -> float:
+    """g where the rows (or, of a tall matrix, the columns) are orthogonal and of norm g; NaN where they are not."""
+    rows, columns = matrix.shape
+    wide = rows <= columns
+    squares = sums.row_squares if wide else sums.column_squares
+    length = max(rows, columns)
+    if min(rows, columns) < 4:
+        return math.nan
+    mean = float(squares.mean())
+    # Rounding a value moves its square by at most `spacing` of itself.
+    allowed = 2e-4 + spacing
+    if not mean > 0 or float(np.max(np.abs(squares / mean - 1))) > allowed:
+        return math.nan
+    picked = np.linspace(0, squares.size - 1, min(32, squares.size)).astype(np.int64)
+    vectors = (matrix[picked] if wide else matrix[:, picked].T).astype(np.float64)
+    gram = vectors @ vectors.T / mean
+    inner = gram[np.triu_indices(len(picked), 1)]
+    # Of independent rows the inner products have a mean square of 1/length.
+    return math.sqrt(mean) if float(np.sqrt(np.mean(inner**2))) < (1e-5 + spacing / math.sqrt(length)) else math.nan
+
+
+def _sparsity(matrix: np.ndarray[Any, Any], moments: Moments, zero_rows: int) -> float:
+    """The share of exact zeros where every column has the same number of them, else 0."""
+    if moments.zeros <= max(zero_rows * matrix.shape[1], moments.size // 100) or moments.zeros >= moments.size - 8:
+        return 0.0
+    zeros = np.zeros(matrix.shape[1], np.int64)
+    height = max(1, 131_072 // matrix.shape[1])
+    for top in range(0, matrix.shape[0], height):
+        zeros += np.count_nonzero(matrix[top : top + height].astype(np.float32) == 0, axis=0)
+    return float(zeros[0]) / matrix.shape[0] if zeros.min() == zeros.max() else 0.0
