@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli_golden import needs_audit, without_times
+from test_cli_golden import without_times
 
 from initaudit import config
 from initaudit.cli import cli
@@ -45,7 +45,6 @@ def shell(command: str, folder: Path = ROOT, **environment: str) -> subprocess.C
     )
 
 
-@needs_audit
 @pytest.mark.parametrize(("page", "block"), blocks("console"), ids=identity(blocks("console")))
 def test_commands_print_what_is_shown(page, block, overwrite):
     shown = ""
@@ -58,7 +57,6 @@ def test_commands_print_what_is_shown(page, block, overwrite):
     assert without_times(shown) == without_times(block), "if the new output is right: pytest tests/test_docs.py --overwrite"
 
 
-@needs_audit
 @pytest.mark.parametrize(("page", "block"), blocks("python"), ids=identity(blocks("python")))
 def test_python_runs(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -144,7 +142,6 @@ def test_workflows_are_yaml_and_the_action_names_what_exists():
     assert not [step for step in action["runs"]["steps"] if "${{" in step["run"]], "an input in a script is an injection"
 
 
-@needs_audit
 @pytest.mark.parametrize(("model", "status"), [("fixtures/good/he_mlp.onnx", 0), ("fixtures/broken/zero.onnx", 1)])
 def test_the_steps_of_the_action_work(tmp_path, model, status):
     yaml = pytest.importorskip("yaml")

@@ -145,9 +145,9 @@ def summary_lines(model: ModelReport, style: Style) -> Iterator[str]:
 
 
 def closing(report: Report, style: Style) -> Iterator[str]:
-    """After several models, or where one could not be read: the count; then the statistics that were asked for."""
+    """After several models: how many there were and which could not be read; then the statistics that were asked for."""
     unread = [model for model in report.models if model.error is not None]
-    if (len(report.models) > 1 or unread) and not style.quiet:
+    if len(report.models) > 1 and not style.quiet:
         verdicts = [model.verdict for model in report.models if model.error is None]
         parts = [f"{verdicts.count(v)} {v}" for v in ("pass", "warn", "fail") if v in verdicts]
         parts += [f"{len(unread)} not read"] if unread else []
