@@ -12,6 +12,7 @@ from torch import fx
 from initaudit.auditing.gains import Gains, main_feed
 from initaudit.expect.expectation import Expectation, expected_variances, standard_error
 from initaudit.expect.gain import Gain
+from initaudit.graph.calls import role_of
 from initaudit.graph.graph import Graph
 from initaudit.load.checkpoint import Array
 from initaudit.measure.moments import Moments, measure
@@ -95,3 +96,15 @@ class _Values:
             return to_numpy(value if isinstance(value, torch.Tensor) else torch.as_tensor(value))
 
         return measure(read()), read
+
+
+def norm_parameters(graph: Graph) -> frozenset[str]:
+    """The names of the scales and shifts of normalizations; statistics that a norm keeps are not among them."""
+    found: set[str] = set()
+    for node in graph.fx.nodes:
+        if node.op == "call_function" and role_of(node).kind == "normalization":
+            for given in node.all_input_nodes:
+                constant = graph.constants.get(str(given.target)) if given.op == "get_attr" else None
+                if constant is not None and constant.kind == "parameter":
+                    found.update((constant.name, *constant.tied))
+    return frozenset(found)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from initaudit.auditing.layers import layer_evidence
+from initaudit.auditing.layers import layer_evidence, norm_parameters
+from initaudit.auditing.recognition import in_company, with_recognition
 from initaudit.config import Config
 from initaudit.errors import InitauditError, UsageError
 from initaudit.graph.execute import specialise
@@ -28,7 +29,7 @@ from initaudit.probe.trace import Trace
 from initaudit.probe.verdict import Risk, judge
 from initaudit.rules.evidence import Evidence
 
-BATCH = 16  # examples of a probe: enough to compare them with each other, few enough to be done in a second or two
+BATCH = 8  # examples of a probe: enough to compare them with each other, few enough to be done in a second or two
 # A stranger's graph may spend this much; an honest model's probe needs a small part of it.
 BUDGET = Budget(elements=2**31, total_elements=2**38, seconds=600.0)
 
@@ -49,8 +50,8 @@ class Program:
         self.progress("pairing weights with activations")
         pairs: tuple[Pair, ...] = pair(self.graph)
         trace, risk, reason = self._probe()
-        layers = layer_evidence(self.graph, pairs, self.checkpoint.arrays, tensors, trace)
-        phase: Any = "init" if self.config.phase == "auto" else self.config.phase
+        layers = with_recognition(layer_evidence(self.graph, pairs, self.checkpoint.arrays, tensors, trace))
+        phase, layers = in_company(layers, self.checkpoint.arrays, tensors, norm_parameters(self.graph), self.config)
         return Evidence(self.checkpoint, self.config, phase, layers, tensors, self.graph, trace, risk, reason)
 
     def _probe(self) -> tuple[Trace | None, Risk | None, str]:

@@ -131,19 +131,17 @@ def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progre
     tensors, unreadable = measure_all(checkpoint.arrays, progress)
     checkpoint = dataclasses.replace(checkpoint, problems=(*checkpoint.problems, *unreadable))
     if checkpoint.program is None:
-        from initaudit.auditing.static import NOTE, named_layers
+        from initaudit.auditing.recognition import in_company, with_recognition
+        from initaudit.auditing.static import NOTE, named_layers, norm_vectors
 
         checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, NOTE))
-        layers = named_layers(checkpoint, tensors)
-        return Evidence(checkpoint, config, _asked(config), layers, tensors, no_probe="the file holds weights and no program")
+        layers = with_recognition(named_layers(checkpoint, tensors))
+        phase, layers = in_company(layers, checkpoint.arrays, tensors, norm_vectors(checkpoint), config)
+        return Evidence(checkpoint, config, phase, layers, tensors, no_probe="the file holds weights and no program")
     from initaudit.auditing.program import open_program
 
     program: Program = open_program(checkpoint, config, inputs, progress)
     return program.evidence(tensors)
-
-
-def _asked(config: Config) -> Any:
-    return "unknown" if config.phase == "auto" else config.phase
 
 
 def measure_all(arrays: Mapping[str, Array], progress: Progress) -> tuple[dict[str, Moments], Sequence[Any]]:

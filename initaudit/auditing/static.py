@@ -51,3 +51,18 @@ def _layer(weight: NamedWeight, array: Array, moments: Moments) -> LayerEvidence
     error = standard_error(moments.variance, moments.kurtosis, moments.count) if moments.m2 > 0 else 0.0
     expectation = expected_variances(max(1, fan_in), max(1, fan_out), None, 1.0, error)
     return LayerEvidence(pair, (pair,), (), moments, expectation, None, array.read)
+
+
+def norm_vectors(checkpoint: Checkpoint) -> frozenset[str]:
+    """One-axis tensors without a weight of more axes beside them: scales and shifts of norms, as far as shapes tell.
+
+    Where a counter of batches stands beside them, some are running statistics, which say nothing of training: all are left out.
+    """
+    parents: dict[str, list[Array]] = {}
+    for name, array in checkpoint.arrays.items():
+        parents.setdefault(name.rpartition(".")[0], []).append(array)
+    found: set[str] = set()
+    for group in parents.values():
+        if all(len(a.shape) == 1 and a.dtype.startswith(("float", "bfloat")) for a in group):
+            found.update(a.name for a in group)
+    return frozenset(found)

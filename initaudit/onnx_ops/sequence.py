@@ -17,10 +17,10 @@ def SplitToSequence(input: Tensor, split: Tensor | None = None, *, axis: int = 0
     """Pieces of `input` along an axis: of equal size for a scalar `split`, of the sizes given for a vector, else of size 1."""
     axis = normal_axis(axis, input.ndim)
     if split is None:
-        pieces = list(input.split(1, axis))
+        pieces = list(torch.split(input, 1, axis))
         return pieces if keepdims else [p.squeeze(axis) for p in pieces]
     sizes = ints(split) or []
-    return list(input.split(sizes[0] if split.ndim == 0 else sizes, axis))
+    return list(torch.split(input, sizes[0] if split.ndim == 0 else sizes, axis))
 
 
 @operator(Role("passthrough", "getitem", data=("input_sequence",)))
