@@ -23,6 +23,8 @@ from initaudit.rules.evidence import LayerEvidence, ModelPhase
 _COPIED = 4_000_000  # elements
 _FAR = 12.0  # times the median deviation, 8 standard deviations: no draw of this many normal values comes that far
 _HANDFUL = 1e-3  # as a share
+_FLAT_KURTOSIS = 2.2  # between 1.8, a uniform law's, and 3
+_ENOUGH = 1000  # values: fewer may fit some law by chance
 
 
 def with_recognition(layers: tuple[LayerEvidence, ...]) -> tuple[LayerEvidence, ...]:
@@ -64,13 +66,15 @@ def _second_look(values: np.ndarray[Any, Any], layer: LayerEvidence, found: Reco
     shifted = abs(float(wide.mean())) * math.sqrt(wide.size) > _FAR * float(wide.std())
     if not pinned and not shifted:
         return found
-    centre = float(wide[~far].mean()) if shifted else 0.0
+    # The middle of a uniform law is known better from its ends than from its mean.
+    flat = layer.moments.kurtosis < _FLAT_KURTOSIS
+    centre = 0.0 if not shifted else float(wide.min() + wide.max()) / 2 if flat else float(wide[~far].mean())
     clean = np.where(far & pinned, 0.0, wide - centre).astype(values.dtype)
     again = recognise(observe(clean), site(layer.pair))
-    if again.verdict != "init":
+    if not again.schemes:
         return found
     names = tuple(dataclasses.replace(f, name=f"{f.name} + {centre:.4g}") for f in again.schemes) if shifted else again.schemes
-    return dataclasses.replace(again, schemes=names)
+    return dataclasses.replace(again, schemes=names, verdict="init" if wide.size >= _ENOUGH else "unknown")
 
 
 def site(pair: Pair) -> Site:

@@ -26,8 +26,13 @@ from initaudit.rules.support import (
 # A deviation smaller than this compounds to less than a factor of 10 over ten layers.
 _LEAST = 0.8
 # Root mean square slope of a bounded activation, as a share of its steepest slope, below which it passes little; a tanh fed
-# with N(0, 1) has 0.68, at the variance of Xavier's gain 5/3 0.5. A quarter of the gradient's power is lost at 0.5.
-_FLAT = 0.4
+# with N(0, 1) has 0.68, a sigmoid 0.83. At 0.55 seven tenths of the gradient's power are lost in each layer.
+_FLAT = 0.55
+# So many saturated layers in series are an error. Of networks that were trained, 4 layers of tanh under N(0, 1) learn with the
+# right step size, 6 learn half, 10 learn nothing; sigmoid layers learn less with each from 10 on under SGD.
+_DEEP = 6
+# Both optimizers are more likely to fail than not: whatever deviates then is no mere deviation.
+_LIKELY = 0.5
 _BOUNDED = ("tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign", "erf", "atan", "relu6")
 
 Side = Literal["small", "large"]
@@ -80,11 +85,14 @@ def deviation(evidence: Evidence, side: Side) -> Deviation | None:
     else:
         level, text = state.exploding, exploding_text(state)
         if not level and (flat := [x for x in off if saturates(evidence, x)]):
-            off, level = flat, "warning"
             slope = slope_of(evidence, flat[0]) or 0.0
+            off, level = flat, "error" if len(flat) >= _DEEP else "warning"
             text = f"their activations are in the flat part for most inputs (slope {slope:.2g} of the steepest)"
     if not level:
         return None
+    risk = evidence.risk
+    if risk is not None and min(risk.untrainable_sgd, risk.untrainable_adam) > _LIKELY:
+        level = "error"
     # Of layers that are off, those matter that carry the harm: what compounds most.
     strongest = max(abs(math.log(ratio_of(x) or 1)) for x in off)
     off = [x for x in off if abs(math.log(ratio_of(x) or 1)) > strongest / 4]
