@@ -117,6 +117,10 @@ def test_text_folds_healthy_layers_that_look_alike_and_only_those():
     ill = [dataclasses.replace(deep_model().findings[0], tensor=f"layers.{i}.weight", site="") for i in range(120)]
     shown = text_of("text", Report((dataclasses.replace(deep_model(), findings=tuple(ill)),), "0"))
     assert "more like these" not in shown
+    (finding,) = deep_model().findings
+    spread = dataclasses.replace(finding, related=tuple(f"layers.{i}.weight" for i in range(1, 120)))
+    shown = text_of("text", Report((dataclasses.replace(deep_model(), findings=(spread,)),), "0"))
+    assert "✗  … 118 more like these" in shown, "one cause at 120 weights is one cause"
 
 
 def test_folding_keeps_the_count_of_weights_of_repeating_blocks():

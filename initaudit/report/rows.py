@@ -19,7 +19,8 @@ FOLD_FROM = 4  # a shorter run is not worth folding
 class Row:
     """One weight. `mark` is the worst severity of the findings about it, "ok", or "unknown" where nothing could be judged.
 
-    Text is escaped. `ratio` is observed / expected variance in the order of `RATIOS`.
+    `foldable`: no error or warning is about this weight first of all; one found elsewhere may touch it too. Text is escaped.
+    `ratio` is observed / expected variance in the order of `RATIOS`.
     """
 
     mark: str
@@ -32,6 +33,7 @@ class Row:
     std: float | int | None
     ratio: tuple[float | None, ...]
     layer: Layer
+    foldable: bool
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,22 @@ class Fold:
 
 def rows(model: ModelReport) -> tuple[Row, ...]:
     """A row for every weight, in the report's order."""
-    about: dict[str, list[tuple[str, str, str]]] = {}
+    about: dict[str, list[tuple[str, str, str, bool]]] = {}
     for finding in model.findings:
         for tensor in dict.fromkeys((finding.tensor, *finding.related)):
-            site = finding.site if tensor == finding.tensor else ""
-            about.setdefault(tensor, []).append((finding.severity, finding.code, site))
+            root = tensor == finding.tensor
+            about.setdefault(tensor, []).append((finding.severity, finding.code, finding.site if root else "", root))
     return tuple(_row(layer, about.get(layer.tensor, ())) for layer in model.layers)
 
 
-def _row(layer: Layer, findings: Sequence[tuple[str, str, str]]) -> Row:
-    mine = [(severity, code) for severity, code, site in findings if site in ("", layer.site)]
+def _row(layer: Layer, findings: Sequence[tuple[str, str, str, bool]]) -> Row:
+    mine = [(severity, code, root) for severity, code, site, root in findings if site in ("", layer.site)]
     ratio = tuple(layer.ratio.get(name) for name in RATIOS)
-    mark = min((s for s, _ in mine), key=SEVERITIES.index) if mine else "unknown" if ratio[-1] is None else "ok"
+    mark = min((s for s, _, _ in mine), key=SEVERITIES.index) if mine else "unknown" if ratio[-1] is None else "ok"
     return Row(
         mark=mark,
-        codes=tuple(dict.fromkeys(code for _, code in mine)),
+        foldable=not any(root and severity != "info" for severity, _, root in mine),
+        codes=tuple(dict.fromkeys(code for _, code, _ in mine)),
         tensor=escape(layer.tensor),
         site=escape(layer.site),
         operator=escape(layer.operator),
@@ -71,7 +74,7 @@ def _row(layer: Layer, findings: Sequence[tuple[str, str, str]]) -> Row:
 
 
 def folded(every: Sequence[Row], *, show_all: bool) -> Iterator[Row | Fold]:
-    """The rows in order, with runs of at least `FOLD_FROM` healthy ones replaced that look like two shown before.
+    """The rows in order, with runs of at least `FOLD_FROM` foldable ones replaced that look like two shown before.
 
     Rows look alike when operator, shape, activation and mark are equal and the names differ in their numbers only.
     """
@@ -80,7 +83,7 @@ def folded(every: Sequence[Row], *, show_all: bool) -> Iterator[Row | Fold]:
     for row in every:
         key = (re.sub(r"[0-9]+", "#", row.tensor), row.operator, row.shape, row.activation, row.mark, row.codes)
         seen[key] = seen.get(key, 0) + 1
-        if not show_all and row.mark not in ("error", "warning") and seen[key] > SHOWN_ALIKE:
+        if not show_all and row.foldable and seen[key] > SHOWN_ALIKE:
             if run and run[-1].mark != row.mark:
                 yield from _settle(run)
                 run = []

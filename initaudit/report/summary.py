@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from initaudit.report.report import ModelReport, Report
-from initaudit.report.style import escape, number
+from initaudit.report.style import escape
 from initaudit.rules.rule import SEVERITIES, Finding
 
 
@@ -25,11 +25,11 @@ def plural(count: int, noun: str) -> str:
 
 
 def risk(model: ModelReport) -> str:
-    """ "symmetry 0, vanishing 0.98, exploding 0, untrainable 0.95 with sgd, 0.4 with adam", or "" where none is known."""
-    parts = [f"{name} {number(value, 2)}" for name, value in model.risk.items() if isinstance(value, int | float)]
+    """ "symmetry 0.00, vanishing 0.98, ..., untrainable 0.95 with sgd, 0.40 with adam", or "" where none is known."""
+    parts = [f"{name} {value:.2f}" for name, value in model.risk.items() if isinstance(value, int | float)]
     untrainable = model.risk.get("untrainable")
     if isinstance(untrainable, Mapping):
-        by = [f"{number(value, 2)} with {escape(str(name))}" for name, value in untrainable.items() if value is not None]
+        by = [f"{value:.2f} with {escape(str(name))}" for name, value in untrainable.items() if value is not None]
         if by:
             parts.append("untrainable " + ", ".join(by))
     return ", ".join(parts)
