@@ -509,12 +509,22 @@ def test_distributed_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.problems == ()
     for name, tensor in model.state_dict().items():
         assert np.array_equal(checkpoint.arrays[name].read(), tensor.numpy())
+    assert len({array.storage for array in checkpoint.arrays.values()}) == len(checkpoint.arrays)
     assert len(checkpoint.optimizer) == 3 * len(list(model.parameters()))
     shard = next((tmp_path / "dcp").glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert {problem.code for problem in load(tmp_path / "dcp").problems} == {"IA502"}
     shard.unlink()
     assert load(tmp_path / "dcp").arrays == {}
+
+
+def test_storages_of_two_shards_are_not_tied(tmp_path: Path) -> None:
+    for number in (1, 2):
+        out = io.BytesIO()  # every archive that is written to a buffer counts its storages from archive/data/0
+        torch.save({f"w{number}": torch.randn(3), f"v{number}": torch.randn(3)}, out)
+        (tmp_path / f"pytorch_model-0000{number}-of-00002.bin").write_bytes(out.getvalue())
+    storages = [array.storage for array in load(tmp_path).arrays.values()]
+    assert len(set(storages)) == len(storages) == 4
 
 
 def test_zero_shards_are_missing_tensors(tmp_path: Path) -> None:

@@ -188,6 +188,48 @@ def test_names_of_subgraphs_and_functions_do_not_clash() -> None:
     assert [float(arrays[name].read().reshape(-1)[0]) for name in list(arrays)[2:]] == [2, 1, 3]
 
 
+def test_a_name_that_stands_alone_in_a_subgraph_is_kept() -> None:
+    tensor = numpy_helper.from_array(np.ones(1, np.float32), "inner")
+    output = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    branch = helper.make_graph([helper.make_node("Add", ["x", "inner"], ["z"])], "a", [], [output], [tensor])
+    empty = helper.make_graph([helper.make_node("Identity", ["x"], ["z"])], "b", [], [output])
+    condition = constant("c", value=numpy_helper.from_array(np.array(True)))
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=empty)
+    assert list(load_proto(model([condition, node])).arrays) == ["w", "c", "inner"]
+
+
+def test_large_weights_stay_in_the_file(tmp_path: Path) -> None:
+    """Judge: onnx.load, which copies them, and onnx's own reading of the external data that they become."""
+    rng = np.random.default_rng(0)
+    large = [numpy_helper.from_array(rng.standard_normal((200, 100 + i)).astype(np.float32), f"l{i}") for i in range(3)]
+    small = numpy_helper.from_array(np.ones(3, np.float32), "small")
+    typed = helper.make_tensor("typed", TensorProto.FLOAT, [20000], np.arange(20000.0))
+    path = saved(model(tensors=[large[0], small, large[1], typed, large[2]]), tmp_path)
+    checkpoint = load(path)
+    assert checkpoint.problems == ()
+    assert [tensor.ByteSize() < 1000 for tensor in checkpoint.program.graph.initializer] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert isinstance(checkpoint.arrays["l1"].read(), np.memmap)
+    onnx.load_external_data_for_model(checkpoint.program, str(tmp_path))
+    for judge, filled in zip(onnx.load(path).graph.initializer, checkpoint.program.graph.initializer, strict=True):
+        expected = numpy_helper.to_array(judge)
+        assert np.array_equal(checkpoint.arrays[judge.name].read(), expected)
+        assert np.array_equal(numpy_helper.to_array(filled), expected)
+
+
+def test_large_weight_of_the_wrong_size_is_lost_alone(tmp_path: Path) -> None:
+    bad = numpy_helper.from_array(np.ones((200, 100), np.float32), "bad")
+    bad.dims[0] = 300
+    checkpoint = load(saved(model(tensors=[bad]), tmp_path))
+    assert [(problem.code, problem.tensor) for problem in checkpoint.problems] == [("IA001", "bad")]
+
+
 def test_node_against_its_schema_is_a_problem_of_the_node() -> None:
     checkpoint = load_proto(model([helper.make_node("MatMul", ["x"], ["y"], name="lonely")]))
     assert [(problem.code, problem.tensor) for problem in checkpoint.problems] == [("IA002", "lonely")]

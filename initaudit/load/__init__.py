@@ -39,9 +39,8 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
         if is_module_spec(text):
             return load_spec(text)
         raise UnreadableModel(show(text, 200), *_missing(text, path))
-    form = recognise(path)
     try:
-        return form.load(path)
+        return recognise(path).load(path)
     except InitauditError:
         raise
     except RecursionError as error:

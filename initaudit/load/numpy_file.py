@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from initaudit.load.zip_entries import is_zip, member_names, read_entries
 
 FORMAT = "numpy"
 MAGIC = b"\x93NUMPY"
-MAX_HEADER = 10_000  # numpy's own limit for a header that it evaluates
+MAX_HEADER = 10_000  # numpy's own limit for a header
 MAX_PICKLE = 256 << 20
 
 
@@ -66,23 +66,41 @@ def load(path: Path) -> Checkpoint:
 
 
 def _array(name: str, span: Span, label: str, recorder: Recorder) -> Array:
-    head = io.BytesIO(span.part(0, min(span.length, MAX_HEADER + 16)).read())
-    try:
-        version = npy.read_magic(head)
-        reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, dtype = reader(head, max_header_size=MAX_HEADER)
-    except (ValueError, EOFError, SyntaxError, TypeError, RecursionError) as error:
-        raise UnreadableModel(label, f"a broken .npy header ({reason(error)})") from error
-    data = span.part(head.tell(), span.length - head.tell())
+    dtype, shape, fortran, begin = _header(span, label)
+    data = span.part(begin, span.length - begin)
     if dtype.hasobject:
         _inspect(data, recorder, label)
         raise UnreadableModel(label, "an array of Python objects, which is a pickle and is not read")
     if dtype.kind not in "biufc" or dtype.itemsize > 16 or dtype.subdtype is not None:
         raise UnreadableModel(label, f"an array of {show(dtype)}, which holds no plain numbers")
-    shape = tuple(int(size) for size in shape)
     check_bytes(label, dtype.newbyteorder("=").name, shape, data.length)
     big_endian = dtype.byteorder == ">"
     return Array(name, shape, dtype.newbyteorder("=").name, _reader(data, dtype, shape, fortran, big_endian))
+
+
+def _header(span: Span, label: str) -> tuple[np.dtype[Any], tuple[int, ...], bool, int]:
+    """(dtype, shape, column order, where the data begin) of a .npy member.
+
+    NEP 1: magic, two bytes of version, the header's length in 2 bytes (version 1) or 4, then a Python literal. numpy's own
+    reader repairs headers of Python 2 with the tokenizer and warns; those are refused here.
+    """
+    head = span.part(0, min(span.length, MAX_HEADER + 16)).read()
+    try:
+        if not head.startswith(MAGIC) or head[6] not in (1, 2, 3):
+            raise ValueError("no magic number or an unknown version")
+        width = 2 if head[6] == 1 else 4
+        begin = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
+        if begin > len(head):
+            raise ValueError(f"{begin} bytes of header")
+        table = ast.literal_eval(head[8 + width : begin].decode("latin-1" if head[6] < 3 else "utf-8"))
+        if not isinstance(table, dict) or table.keys() != {"descr", "fortran_order", "shape"}:
+            raise ValueError("not the three entries of a header")
+        shape = table["shape"]
+        if not isinstance(shape, tuple) or not all(type(size) is int for size in shape):
+            raise ValueError("a shape that is no tuple of sizes")
+        return npy.descr_to_dtype(table["descr"]), shape, table["fortran_order"] is True, begin
+    except (ValueError, IndexError, KeyError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise UnreadableModel(label, f"a broken .npy header ({reason(error)})") from error
 
 
 def _reader(data: Span, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool, big_endian: bool) -> Any:

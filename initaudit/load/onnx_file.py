@@ -1,13 +1,18 @@
 """ONNX models: the graph as onnx parses it, and every constant of it as a lazy array.
 
-External data never passes through onnx. Names: a constant of the main graph keeps its own name (an initializer's, or the
-output of its Constant node); one inside a subgraph or a local function carries where it stands before a slash, such as
-"If_0.then_branch/weight" or "my.domain::Block/scale" (`scope_of_subgraph`, `scope_of_function`), because names repeat there.
+External data never passes through onnx, nor do large weights that stand in the file itself: they are left out of what onnx
+parses, and mapped. Names: a constant keeps its own name (an initializer's, or the output of its Constant node). Where one of
+a subgraph shares its name with another, it carries where it stands before a slash ("If_0.then_branch/weight"); one of a local
+function always does ("my.domain::Block/scale").
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import mmap
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +22,15 @@ from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.onnx_structure import check_structure, node_label, schema_problems, subgraphs
 from initaudit.load.onnx_tensors import STRING, sparse_array, tensor_array
-from initaudit.load.onnx_wire import check_messages, looks_like_model
-from initaudit.load.spans import reason, show
+from initaudit.load.onnx_wire import check_messages, looks_like_model, without_weights
+from initaudit.load.spans import Span, reason, show
 
 if TYPE_CHECKING:
     import onnx
 
 FORMAT = "onnx"
 MAX_FILE_BYTES = (1 << 31) - 1  # protobuf's own limit for one message
-Make = Callable[[], Array]
+NOTHING: Mapping[str, Span] = {}
 
 
 def recognise(path: Path, head: bytes) -> bool:
@@ -45,11 +50,26 @@ def load(path: Path) -> Checkpoint:
     check_messages(path, where)
     model = onnx.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            graph, places = without_weights(data)
+        model.ParseFromString(graph)
     except (DecodeError, ValueError, RuntimeError) as error:
         advice = "it is truncated or damaged: copy or export it again"
         raise UnreadableModel(where, "not a complete ONNX model", advice=advice) from error
-    return _checkpoint(model, where, str(path), path.parent)
+    return _checkpoint(model, where, str(path), path.parent, _mapped(model, places, path))
+
+
+def _mapped(model: onnx.ModelProto, places: list[tuple[int, int] | None], path: Path) -> dict[str, Span]:
+    """The bytes of each initializer that was left in the file; in `model` it becomes external data of that same file."""
+    spans: dict[str, Span] = {}
+    for tensor, place in zip(model.graph.initializer, places, strict=True):
+        if place is not None:
+            begin, end = place
+            spans.setdefault(tensor.name, Span(path, begin, end - begin))
+            tensor.data_location = 1  # EXTERNAL
+            for key, value in (("location", path.name), ("offset", str(begin)), ("length", str(end - begin))):
+                tensor.external_data.add(key=key, value=value)
+    return spans
 
 
 def load_proto(model: onnx.ModelProto, folder: str | Path | None = None) -> Checkpoint:
@@ -69,22 +89,28 @@ def scope_of_function(function: onnx.FunctionProto) -> str:
     return f"{function.domain}::{function.name}" + (f":{function.overload}" if function.overload else "")
 
 
-def constant_key(scope: str, name: str) -> str:
-    """The key in `Checkpoint.arrays` of the constant `name` in `scope` ("" for the main graph)."""
-    return f"{scope}/{name}" if scope else name
+@dataclass(frozen=True)
+class _Found:
+    """A constant: where it stands, its own name, and what makes its array under the name that the report uses."""
+
+    scope: str
+    name: str
+    make: Callable[[str], Array]
 
 
-def _checkpoint(model: onnx.ModelProto, where: str, source: str, folder: Path | None) -> Checkpoint:
+def _checkpoint(
+    model: onnx.ModelProto, where: str, source: str, folder: Path | None, spans: Mapping[str, Span] = NOTHING
+) -> Checkpoint:
     try:
         notes = list(check_structure(model, where))
         problems = schema_problems(model)
         arrays: dict[str, Array] = {}
-        for key, make in _constants(model, where, folder):
+        for key, make in _keyed(model, where, folder, spans):
             if key in arrays:
                 problems.append(Problem("IA001", key, f"two constants are called {show(repr(key))}; the first is read"))
                 continue
             try:
-                arrays[key] = make()
+                arrays[key] = make(key)
             except UnreadableModel as error:
                 problems.append(Problem("IA001", key, str(error)))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -94,46 +120,64 @@ def _checkpoint(model: onnx.ModelProto, where: str, source: str, folder: Path | 
     return Checkpoint(source, FORMAT, arrays, model, tuple(problems), metadata=_metadata(model), notes=tuple(notes))
 
 
-def _constants(model: onnx.ModelProto, where: str, folder: Path | None) -> Iterator[tuple[str, Make]]:
-    yield from _graph_constants(model.graph, "", where, folder)
+def _keyed(
+    model: onnx.ModelProto, where: str, folder: Path | None, spans: Mapping[str, Span]
+) -> Iterator[tuple[str, Callable[[str], Array]]]:
+    """Every constant under the name of the module's docstring."""
+    found = list(_graph_constants(model.graph, "", where, folder, spans))
+    counts = Counter(constant.name for constant in found)
+    for constant in found:
+        alone = not constant.scope or counts[constant.name] == 1
+        yield constant.name if alone else f"{constant.scope}/{constant.name}", constant.make
     for function in model.functions:
-        yield from _node_constants(function, scope_of_function(function), where, folder)
+        scope = scope_of_function(function)
+        yield from ((f"{c.scope}/{c.name}", c.make) for c in _node_constants(function, scope, where, folder))
 
 
-def _graph_constants(graph: onnx.GraphProto, scope: str, where: str, folder: Path | None) -> Iterator[tuple[str, Make]]:
+def _graph_constants(
+    graph: onnx.GraphProto, scope: str, where: str, folder: Path | None, spans: Mapping[str, Span] = NOTHING
+) -> Iterator[_Found]:
     for tensor in graph.initializer:
         if tensor.data_type != STRING:
-            key = constant_key(scope, tensor.name)
-            yield key, lambda tensor=tensor, key=key: tensor_array(tensor, key, where, folder)  # type: ignore[misc]
+            yield _Found(scope, tensor.name, partial(_tensor, tensor, where, folder, spans.get(tensor.name)))
     for sparse in graph.sparse_initializer:
-        key = constant_key(scope, sparse.values.name)
-        yield key, lambda sparse=sparse, key=key: sparse_array(sparse, key, where)  # type: ignore[misc]
+        yield _Found(scope, sparse.values.name, partial(_sparse, sparse, where))
     yield from _node_constants(graph, scope, where, folder)
+
+
+def _tensor(tensor: onnx.TensorProto, where: str, folder: Path | None, span: Span | None, key: str) -> Array:
+    return tensor_array(tensor, key, where, folder, span)
+
+
+def _sparse(sparse: onnx.SparseTensorProto, where: str, key: str) -> Array:
+    return sparse_array(sparse, key, where)
+
+
+def _number(number: np.ndarray[Any, Any], key: str) -> Array:
+    return Array(key, number.shape, number.dtype.name, lambda: number)
 
 
 def _node_constants(
     body: onnx.GraphProto | onnx.FunctionProto, scope: str, where: str, folder: Path | None
-) -> Iterator[tuple[str, Make]]:
+) -> Iterator[_Found]:
     for index, node in enumerate(body.node):
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and node.output:
-            key = constant_key(scope, node.output[0])
             for attribute in node.attribute:
-                make = _constant_value(attribute, key, where, folder)
+                make = _constant_value(attribute, where, folder)
                 if make is not None:
-                    yield key, make
+                    yield _Found(scope, node.output[0], make)
         for name, graph in subgraphs(node):
             yield from _graph_constants(graph, scope_of_subgraph(scope, node, index, name), where, folder)
 
 
-def _constant_value(attribute: onnx.AttributeProto, key: str, where: str, folder: Path | None) -> Make | None:
+def _constant_value(attribute: onnx.AttributeProto, where: str, folder: Path | None) -> Callable[[str], Array] | None:
     """What makes the array of one attribute of a Constant node; None for text and for a reference to a function's argument."""
     if attribute.ref_attr_name:
         return None
     if attribute.name == "value":
-        tensor = attribute.t
-        return None if tensor.data_type == STRING else lambda: tensor_array(tensor, key, where, folder)
+        return None if attribute.t.data_type == STRING else partial(_tensor, attribute.t, where, folder, None)
     if attribute.name == "sparse_value":
-        return lambda: sparse_array(attribute.sparse_tensor, key, where)
+        return partial(_sparse, attribute.sparse_tensor, where)
     values: dict[str, tuple[Any, str]] = {
         "value_float": (attribute.f, "float32"),
         "value_floats": (list(attribute.floats), "float32"),
@@ -144,7 +188,7 @@ def _constant_value(attribute: onnx.AttributeProto, key: str, where: str, folder
         return None
     number = np.array(values[attribute.name][0], values[attribute.name][1])
     number.setflags(write=False)
-    return lambda: Array(key, number.shape, number.dtype.name, lambda: number)
+    return partial(_number, number)
 
 
 def _metadata(model: onnx.ModelProto) -> dict[str, Any]:

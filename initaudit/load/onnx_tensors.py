@@ -38,8 +38,8 @@ TYPED_FIELD = {
 MAX_DENSE_BYTES = 1 << 30  # what a sparse tensor may take when it is written out
 
 
-def tensor_array(tensor: onnx.TensorProto, name: str, where: str, folder: Path | None) -> Array:
-    """The lazy array of `tensor`, called `name`; external data is looked for in `folder`.
+def tensor_array(tensor: onnx.TensorProto, name: str, where: str, folder: Path | None, span: Span | None = None) -> Array:
+    """The lazy array of `tensor`, called `name`; external data is looked for in `folder`, `span` are bytes already found.
 
     Raises `UnreadableModel` for an unknown dtype, an impossible shape, or bytes that are missing or do not fit the shape.
     """
@@ -55,10 +55,10 @@ def tensor_array(tensor: onnx.TensorProto, name: str, where: str, folder: Path |
         raise UnreadableModel(label, str(error)) from error
     if tensor.HasField("segment"):
         raise UnreadableModel(label, "is stored in segments, which no runtime reads")
-    if tensor.data_location == 1:  # EXTERNAL
-        span, storage = _external(tensor, label, folder, expected)
-        check_bytes(label, dtype, shape, span.length)
-        return Array(name, shape, dtype, lambda: span.array(dtype, shape), storage)
+    if span is not None or tensor.data_location == 1:  # EXTERNAL
+        held, storage = (span, "") if span is not None else _external(tensor, label, folder, expected)
+        check_bytes(label, dtype, shape, held.length)
+        return Array(name, shape, dtype, lambda: held.array(dtype, shape), storage)
     if tensor.HasField("raw_data"):
         check_bytes(label, dtype, shape, len(tensor.raw_data))
         return Array(name, shape, dtype, lambda: _raw(tensor, dtype, shape))

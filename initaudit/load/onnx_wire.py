@@ -1,7 +1,8 @@
 """The protobuf wire format of an ONNX file, looked at before onnx may parse it.
 
-Two questions only: is this a ModelProto at all, and would parsing it take far more memory than the file has bytes? A submessage
-takes two bytes in a file and about a hundred in memory, so a file of empty nodes swells fiftyfold.
+Is this a ModelProto at all? Would parsing it take far more memory than the file has bytes (a submessage takes two bytes in a
+file and about a hundred in memory, so a file of empty nodes swells fiftyfold)? Where do its weights stand, so that they can be
+mapped and need not be parsed?
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ MODEL_FIELDS = {
     25: LENGTH, 26: LENGTH,
 }  # fmt: skip
 IR_VERSION, GRAPH = 1, 7
+INITIALIZER = 5  # GraphProto
+RAW_DATA, DATA_LOCATION = 9, 14  # TensorProto
+LARGE_BYTES = 1 << 16  # raw data from this size on stays in the file
 GRAPH_TAGS = {number << 3 | LENGTH for number in (1, 2, 5, 10, 11, 12, 13, 14, 15)}  # one byte each; 16 (metadata) takes two
 MAX_TOP_FIELDS = 10_000
 SMALL_FILE = 8 << 20  # swollen a hundredfold, a file of this size still fits; larger ones are counted first
@@ -101,6 +105,68 @@ def _varint(data: Buffer, place: int, end: int) -> tuple[int, int]:
             return value, place
         shift += 7
     raise (CutOff if place >= end else ValueError)("an unfinished number")
+
+
+def without_weights(data: Buffer) -> tuple[bytes, list[tuple[int, int] | None]]:
+    """The model without the large raw data of the main graph's initializers, and where these stand in `data`.
+
+    The list has an entry (begin, end) for each initializer in order, None for one that was left as it is. What is given to
+    onnx to parse is then as small as the graph, and the weights are mapped from the file. Raises ValueError where the bytes
+    are no model.
+    """
+    places: list[tuple[int, int] | None] = []
+    kept = bytearray()
+    for number, _, begin, end, start in _placed(data, 0, len(data)):
+        if number != GRAPH:
+            kept += data[start:end]
+            continue
+        graph = bytearray()
+        copied = begin  # everything up to here is in `graph`
+        for inner, _, first, last, head in _placed(data, begin, end):
+            if inner != INITIALIZER:
+                continue
+            tensor, place = _without_raw(data, first, last)
+            places.append(place)
+            if place is not None:
+                graph += data[copied:head] + _tagged(INITIALIZER, tensor)
+                copied = last
+        kept += _tagged(GRAPH, bytes(graph + data[copied:end]))
+    return bytes(kept), places
+
+
+def _placed(data: Buffer, begin: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """`fields` with the place of each field's tag as a fifth number; a field that sticks out raises here at once."""
+    start = begin
+    for number, wire, first, last in fields(data, begin, end):
+        if last > end:
+            raise CutOff("a field sticks out")
+        yield number, wire, first, last, start
+        start = last
+
+
+def _without_raw(data: Buffer, begin: int, end: int) -> tuple[bytes, tuple[int, int] | None]:
+    if end - begin < LARGE_BYTES:
+        return b"", None
+    place = None
+    kept = bytearray()
+    for number, wire, first, last, start in _placed(data, begin, end):
+        if number == RAW_DATA and wire == LENGTH:
+            place = (first, last)  # a repeated field counts once, the last time
+        elif number == DATA_LOCATION:
+            return b"", None
+        else:
+            kept += data[start:last]
+    large = place is not None and place[1] - place[0] >= LARGE_BYTES
+    return (bytes(kept), place) if large else (b"", None)
+
+
+def _tagged(number: int, content: bytes) -> bytes:
+    size, encoded = len(content), bytearray([number << 3 | LENGTH])
+    while size > 127:
+        encoded.append(size & 127 | 128)
+        size >>= 7
+    encoded.append(size)
+    return bytes(encoded) + content
 
 
 def check_messages(path: Path, where: str) -> None:

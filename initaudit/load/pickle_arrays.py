@@ -98,7 +98,7 @@ def as_array(value: Tensor | NdArray, name: str, where: str, trainable: bool) ->
         raise UnreadableModel(label, f"{storage.span.length} bytes of storage {show(storage.key)}", f"{declared}")
     check_view(value, declared // item, label)
     trainable = trainable and (value.requires_grad or not value.parameter)
-    key = f"{storage.key}+{value.offset}" if math.prod(value.shape) else ""
+    key = f"{storage.identity or storage.key}+{value.offset}" if math.prod(value.shape) else ""
     if value.quantizer is not None:
         quantizer = value.quantizer
         check_quantizer(quantizer, value, label)

@@ -45,7 +45,10 @@ class Opaque:
 
 @dataclass(eq=False, slots=True)
 class Storage:
-    """Elements that tensors are views of. `span` is None where they are missing, and `problem` then says why."""
+    """Elements that tensors are views of. `span` is None where they are missing, and `problem` then says why.
+
+    `identity` tells it from the storages of other files and archives, which count theirs from 0 too.
+    """
 
     key: str
     dtype: str
@@ -53,6 +56,7 @@ class Storage:
     span: Span | None
     big_endian: bool = False
     problem: str = ""
+    identity: str = ""
 
 
 @dataclass(eq=False, slots=True)

@@ -73,6 +73,7 @@ class StreamStorages:
                     return f"the storage {show(key)} has {elements} elements where {storage.elements} were announced"
                 length = elements * numpy_dtype(storage.dtype).itemsize
                 storage.span = whole.part(place + 8, length)
+                storage.identity = f"{whole.path.name}@{place + 8}" if whole.data is None else key
                 place += 8 + length
             except UnreadableModel as error:
                 storage.problem = wrong = str(error)

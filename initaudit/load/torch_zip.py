@@ -138,8 +138,9 @@ class ZipStorages:
         if not members:
             problem = f"the storage {show(name)} is missing from the archive"
             return Storage(key, dtype, elements, None, problem=problem)
+        identity = f"{members[0].span.path.name}@{members[0].span.offset}"
         try:
-            return Storage(f"{self.folder}/{key}", dtype, elements, members[0].data(), self.big_endian)
+            return Storage(f"{self.folder}/{key}", dtype, elements, members[0].data(), self.big_endian, identity=identity)
         except UnreadableModel as error:
             return Storage(key, dtype, elements, None, problem=str(error))
 
