@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from initaudit.expect.phase import Kind, TensorRecord, phase_of
 from initaudit.expect.recognise import Recognition, recognise
 from initaudit.expect.schemes import Site, site_of
+from initaudit.measure.moments import measure
 from initaudit.measure.observation import observe
 
 STEPS = 300
@@ -49,7 +53,7 @@ class Recurrent(nn.Module):
 def mlp() -> nn.Module:
     """Three hidden layers."""
     widths = (64, 128, 128, 64)
-    hidden = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), nn.ReLU())]
+    hidden = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(64, 10))
 
 
@@ -85,10 +89,35 @@ def site_for(weight: torch.Tensor, name: str) -> Site:
     return site_of(tuple(weight.shape), axes, packed=3 if "in_proj" in name else 1)
 
 
-def verdicts(network: nn.Module) -> dict[str, Recognition]:
-    """What is said of each weight of two axes or more."""
-    weights = {n: p.detach() for n, p in network.named_parameters() if p.ndim > 1}
-    return {n: recognise(observe(p.numpy()), site_for(p, n)) for n, p in weights.items()}
+def weight_of(name: str, names: set[str]) -> str | None:
+    """The weight that a bias belongs to."""
+    weight = name.replace("bias", "weight")
+    return weight if weight in names else None
+
+
+def records(network: nn.Module) -> list[TensorRecord]:
+    """Every parameter, as an audit would hand it over."""
+    parameters = {n: p.detach() for n, p in network.named_parameters()}
+    found = []
+    for n, p in parameters.items():
+        array = p.numpy()
+        if p.ndim > 1:
+            kind: Kind = "other" if n == "position" else "weight"
+            found.append(TensorRecord(n, kind, measure(array), recognise(observe(array), site_for(p, n))))
+            continue
+        weight = weight_of(n, set(parameters)) if "bias" in n else None
+        scale = weight is None or parameters[weight].ndim == 1
+        if scale and "bias" not in n:
+            found.append(TensorRecord(n, "scale", measure(array)))
+            continue
+        # A bias's law is that of its weight's fans.
+        site = None if scale or weight is None else site_for(parameters[weight], weight)
+        fans = (1, 1) if site is None else site.convention
+        own = site_of(tuple(p.shape), ("o",), fans=fans)
+        if site is not None and site.operator == "lstm":
+            own = replace(own, operator="lstm", hidden=site.hidden)
+        found.append(TensorRecord(n, "bias", measure(array), recognise(observe(array), own), weight))
+    return found
 
 
 def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> float:
@@ -102,54 +131,89 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> f
         loss = nn.functional.cross_entropy(network(x[batch]), y[batch])
         optimizer.zero_grad()
         loss.backward()
+        # Without it momentum takes the transformer to NaN, of which nothing can be said.
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
     return float(loss.detach())
 
 
-def runs(seeds: int, steps: int = STEPS) -> Iterator[tuple[str, str, str, int, str, float, Recognition, Recognition, bool]]:
-    """(network, optimizer, init, size, tensor, relative change, before, after, frozen) of every tensor of every run."""
-    for kind, make in NETWORKS.items():
-        for optimizer, build in OPTIMIZERS.items():
-            for init, apply in INITS.items():
-                for seed in range(seeds):
-                    torch.manual_seed(seed)
-                    network = make()
-                    weights = [(n, p) for n, p in network.named_parameters() if p.ndim > 1]
-                    with torch.no_grad():
-                        for _, p in weights:
-                            apply(p)
-                    before, start = verdicts(network), {n: p.detach().clone() for n, p in weights}
-                    # One large layer is left out of the training: the untrained layer to be found.
-                    large = [n for n, p in weights if p.numel() >= 1000]
-                    frozen = large[seed % len(large)]
-                    train(network, build([p for n, p in network.named_parameters() if n != frozen]), steps)
-                    after = verdicts(network)
-                    for n, p in weights:
-                        change = float((p - start[n]).norm() / start[n].norm().clamp_min(1e-30))
-                        yield kind, optimizer, init, p.numel(), n, change, before[n], after[n], n == frozen
+@dataclass(frozen=True)
+class Outcome:
+    """What was said of one weight; `change` is the norm of what training did to it over its own."""
+
+    network: str
+    optimizer: str
+    init: str
+    tensor: str
+    size: int
+    change: float
+    frozen: bool
+    before: Recognition
+    alone: Recognition
+    in_company: str
+    model: str
+    model_before: str
+
+
+def runs(seeds: int, steps: int = STEPS) -> Iterator[Outcome]:
+    """Every weight of every run."""
+    for kind, optimizer, init, seed in itertools.product(NETWORKS, OPTIMIZERS, INITS, range(seeds)):
+        torch.manual_seed(seed)
+        network = NETWORKS[kind]()
+        parameters = dict(network.named_parameters())
+        weights = {n: p for n, p in parameters.items() if p.ndim > 1}
+        with torch.no_grad():
+            for p in weights.values():
+                INITS[init](p)
+            for n, p in parameters.items():
+                if "bias" in n and init != "default":
+                    p.zero_()
+        first = records(network)
+        before = {r.name: r.recognition for r in first}
+        start = {n: p.detach().clone() for n, p in weights.items()}
+        # One large layer is left out of the training with its bias: the untrained layer to be found.
+        large = [n for n, p in weights.items() if p.numel() >= 1000]
+        frozen = large[seed % len(large)]
+        train(
+            network,
+            OPTIMIZERS[optimizer]([p for n, p in parameters.items() if frozen not in (n, weight_of(n, set(weights)))]),
+            steps,
+        )
+        after = records(network)
+        phase = phase_of(after)
+        alone = {r.name: r.recognition for r in after}
+        for n, p in weights.items():
+            old, new = before[n], alone[n]
+            assert old is not None
+            assert new is not None
+            change = float((p.detach() - start[n]).norm() / start[n].norm().clamp_min(1e-30))
+            said = phase.tensors[n]
+            yield Outcome(
+                kind, optimizer, init, n, p.numel(), change, n == frozen, old, new, said, phase.phase, phase_of(first).phase
+            )
 
 
 def table(seeds: int) -> Iterator[str]:
-    """Lines of the table; a run for each seed, so few seeds are enough."""
+    """Lines of the table; a network is several tensors, so few seeds are enough."""
     torch.set_num_threads(1)
     counts: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for kind, optimizer, _, size, _, change, before, after, frozen in runs(max(1, seeds // 7)):
-        for key in ((kind, optimizer), ("all", "")):
+    for o in runs(max(1, seeds // 20)):
+        for key in ((o.network, o.optimizer), ("all", "")):
             c = counts[key]
             c["fresh"] += 1
-            c["fresh called trained"] += before.verdict == "trained"
-            if frozen:
+            c["fresh called trained"] += o.before.verdict == "trained"
+            c["model"] += o.model_before == "init" and o.model in ("trained", "mixed")
+            if o.frozen:
                 c["frozen"] += 1
-                c["found"] += after.verdict == "init"
-            elif math.isfinite(change) and change > 0:
+                c["found"] += o.in_company == "init"
+            elif math.isfinite(o.change) and o.change > 0:
                 c["trained"] += 1
-                c["called untrained"] += after.verdict == "init"
-                if size >= 1000:
-                    c["large"] += 1
-                    c["seen"] += after.verdict == "trained"
-    yield f"{'network':14}{'optimizer':12}{'trained':>9}{'called untrained':>18}{'seen (>=1000)':>15}{'frozen found':>14}{'fresh wrong':>13}"
+                c["alone"] += o.alone.verdict == "init"
+                c["company"] += o.in_company == "init"
+    head = ("network", "optimizer", "trained", "init alone", "init in company", "frozen found", "fresh wrong", "model right")
+    yield "  ".join(f"{h:>15}" for h in head)
     for (kind, optimizer), c in counts.items():
-        yield (
-            f"{kind:14}{optimizer:12}{c['trained']:9}{c['called untrained'] / c['trained']:18.2%}{c['seen'] / c['large']:15.2%}"
-            f"{c['found'] / c['frozen']:14.2%}{c['fresh called trained'] / c['fresh']:13.2%}"
-        )
+        rates = (c["alone"] / c["trained"], c["company"] / c["trained"], c["found"] / c["frozen"])
+        more = (c["fresh called trained"] / c["fresh"], c["model"] / c["fresh"])
+        cells = [kind, optimizer, str(c["trained"]), *(f"{r:.2%}" for r in (*rates, *more))]
+        yield "  ".join(f"{cell:>15}" for cell in cells)

@@ -55,8 +55,8 @@ class Recognition:
 
     `verdict` is "init" where a fresh draw explains the values and few other things would, "trained" where no fresh draw does,
     "unknown" where there are too few values to say. `decisive` tells that training would have shown: a constant, an orthogonal
-    matrix and a hard bound do not survive it, while a small normal tensor may be moved by a tenth of its norm unseen; whether it
-    was, only its company can tell (`phase`). `evidence` is the p-value of the independence tests by name.
+    matrix and a hard bound do not survive it, while a small normal tensor may be moved by a tenth of its norm unseen; whether
+    it was, only its company can tell (`phase`). `evidence` is the p-value of the independence tests by name.
     """
 
     schemes: tuple[Fit, ...]

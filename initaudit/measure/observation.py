@@ -61,6 +61,8 @@ def observe(array: np.ndarray[Any, Any]) -> Observation:
     if structure in ("identity", "dirac", "delta_orthogonal"):
         return Observation(array.shape, moments, None, empty, spacing, structure=structure, gain=gain)
     zero = sums.row_squares == 0
+    # A padding index is a row or two; where most rows are zero they are no exception to anything.
+    zero &= np.count_nonzero(zero) <= len(zero) // 2
     zero_rows = int(np.count_nonzero(zero))
     sparsity = _sparsity(matrix, moments, zero_rows)
     dropped = moments.zeros if sparsity else zero_rows * matrix.shape[1]
@@ -73,7 +75,7 @@ def observe(array: np.ndarray[Any, Any]) -> Observation:
             row_squares=sums.row_squares[~zero],
         )
     sample = _sample(matrix, kept, drop_zeros=dropped > 0)
-    block, largest, lags = _spectrum(matrix[~zero] if 0 < zero_rows <= matrix.shape[0] // 2 else matrix, kept)
+    block, largest, lags = _spectrum(matrix, np.flatnonzero(~zero), kept)
     return Observation(array.shape, kept, sums, sample, spacing, block, largest, lags, structure, gain, sparsity, zero_rows)
 
 
@@ -119,12 +121,14 @@ def _sample(array: np.ndarray[Any, Any], moments: Moments, drop_zeros: bool) -> 
     return np.sort(values)
 
 
-def _spectrum(matrix: np.ndarray[Any, Any], moments: Moments) -> tuple[tuple[int, int], float, tuple[tuple[float, int], ...]]:
-    """(shape of a block, the largest eigenvalue of B B^T over the mean square, correlations of neighbours)."""
-    rows, columns = min(SIDE, matrix.shape[0]), min(SIDE, matrix.shape[1])
+def _spectrum(
+    matrix: np.ndarray[Any, Any], alive: Vector, moments: Moments
+) -> tuple[tuple[int, int], float, tuple[tuple[float, int], ...]]:
+    """(shape of a block of the rows `alive`, the largest eigenvalue of B B^T over the mean square, correlations of neighbours)."""
+    rows, columns = min(SIDE, alive.size), min(SIDE, matrix.shape[1])
     # Rows spread over the matrix: of a table, the first are often the ones that training touches most. Columns that lie
     # together, so that neighbours are neighbours.
-    picked = np.linspace(0, matrix.shape[0] - 1, rows).astype(np.int64)
+    picked = alive[np.linspace(0, alive.size - 1, rows).astype(np.int64)]
     left = (matrix.shape[1] - columns) // 2
     every = rows == matrix.shape[0]
     block = np.ascontiguousarray(matrix[:, left : left + columns] if every else matrix[picked, left : left + columns])
@@ -152,12 +156,7 @@ def _structure(
     """(the deterministic structure of the matrix or "", the gain of an orthogonal one)."""
     taps = math.prod(array.shape[2:])
     kept = moments.count - moments.zeros
-    if (
-        kept <= max(array.shape[:2])
-        and moments.max == 1
-        and moments.min >= 0
-        and sums.row_squares.max() <= 1 == sums.row_squares.min()
-    ):
+    if kept <= max(array.shape[:2]) and moments.max == 1 and moments.min >= 0 and sums.row_squares.max() == 1:
         name = _unit_entries(array)
         if name:
             return name, 1.0

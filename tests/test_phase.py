@@ -1,0 +1,121 @@
+"""Init, trained or mixed: on real networks before and after training, and on made-up evidence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from initaudit.expect.phase import TensorRecord, phase_of
+from initaudit.expect.recognise import recognise
+from initaudit.expect.schemes import site_of
+from initaudit.measure.moments import measure
+from initaudit.measure.observation import observe
+
+
+def network(init):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 96), nn.LayerNorm(96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    if init == "normal(0.02)":
+        for m in net:
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, 0, 0.02)
+                nn.init.zeros_(m.bias)
+    return net
+
+
+def train(net, steps=300, skip=()):
+    digits = load_digits()
+    x, y = torch.tensor(digits.images / 16, dtype=torch.float32), torch.tensor(digits.target)
+    optimizer = torch.optim.Adam([p for n, p in net.named_parameters() if n not in skip], lr=2e-3)
+    for _ in range(steps):
+        batch = torch.randint(len(x), (32,))
+        loss = nn.functional.cross_entropy(net(x[batch]), y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+def records(net):
+    found = []
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear):
+            w, b = module.weight.detach().numpy(), module.bias.detach().numpy()
+            site = site_of(w.shape, ("o", "i"))
+            found.append(TensorRecord(f"{name}.weight", "weight", measure(w), recognise(observe(w), site)))
+            own = site_of(b.shape, ("o",), fans=(w.shape[1], w.shape[0]))
+            found.append(TensorRecord(f"{name}.bias", "bias", measure(b), recognise(observe(b), own), f"{name}.weight"))
+        elif isinstance(module, nn.LayerNorm):
+            found.append(TensorRecord(f"{name}.weight", "scale", measure(module.weight.detach().numpy())))
+            found.append(TensorRecord(f"{name}.bias", "bias", measure(module.bias.detach().numpy())))
+    return found
+
+
+@pytest.mark.parametrize("init", ["default", "normal(0.02)"])
+def test_before_after_and_with_a_layer_left_out(init):
+    assert phase_of(records(network(init))).phase == "init"
+    trained = phase_of(records(train(network(init))))
+    assert trained.phase == "trained"
+    assert trained.moved > 0
+    partly = phase_of(records(train(network(init), skip=("4.weight", "4.bias"))))
+    assert partly.phase == "mixed"
+    assert partly.tensors["4.weight"] == "init"
+    assert partly.tensors["1.weight"] == "trained"
+    assert "biases and scales" in str(partly)
+
+
+def weight(name, values):
+    array = np.asarray(values, np.float32)
+    return TensorRecord(name, "weight", measure(array), recognise(observe(array), site_of(array.shape, ("o", "i"))))
+
+
+def vector(name, kind, values, bias_of=None):
+    return TensorRecord(name, kind, measure(np.asarray(values, np.float32)), None, bias_of)
+
+
+RNG = np.random.default_rng(0)
+FRESH = RNG.normal(0, 0.02, (64, 80))
+MOVED = FRESH + np.outer(RNG.normal(size=64), RNG.uniform(0, 1, 80)) * 0.02
+
+
+@pytest.mark.parametrize(
+    ("found", "phase"),
+    [
+        ([], "unknown"),
+        ([weight("a", FRESH), weight("b", FRESH)], "init"),
+        ([weight("a", MOVED), weight("b", MOVED)], "trained"),
+        # A sine table is no draw, and a model with it and untouched biases is fresh all the same.
+        (
+            [weight("a", FRESH), weight("t", MOVED), vector("b", "bias", np.zeros(64), "a"), vector("s", "scale", np.ones(64))],
+            "init",
+        ),
+        # A small normal weight that looks fresh but whose bias moved was trained; one whose bias stayed was not.
+        (
+            [weight("a", FRESH), vector("b", "bias", RNG.normal(0, 1, 64), "a"), vector("s", "scale", RNG.normal(1, 0.1, 64))],
+            "trained",
+        ),
+        (
+            [
+                *(weight("a", FRESH), vector("ab", "bias", np.zeros(64), "a"), weight("m", MOVED)),
+                *(vector("mb", "bias", RNG.normal(0, 1, 64), "m"), vector("s", "scale", RNG.normal(1, 0.1, 64))),
+            ],
+            "mixed",
+        ),
+        # Running statistics that moved prove only that data passed.
+        (
+            [
+                weight("a", FRESH),
+                vector("r", "running_mean", RNG.normal(0, 1, 64)),
+                vector("v", "running_var", np.full(64, 2.0)),
+            ],
+            "init",
+        ),
+    ],
+)
+def test_made_up_evidence(found, phase):
+    assert phase_of(found).phase == phase

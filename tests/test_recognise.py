@@ -1,0 +1,159 @@
+"""A smaller cut of benchmarks/recognition.py: fresh draws are recognised, other scales are not, training is seen."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from initaudit.expect.recognise import recognise
+from initaudit.expect.schemes import catalogue, site_of
+from initaudit.measure.observation import observe, orthogonal_gain
+from initaudit.measure.units import measure_units
+
+LINEAR, KERNEL = ("o", "i"), ("o", "i", "k", "k")
+SITES = {
+    "small": site_of((10, 16), LINEAR),
+    "conv": site_of((32, 16, 3, 3), KERNEL),
+    "depthwise": site_of((256, 1, 5, 5), KERNEL, groups=256),
+    "packed": site_of((288, 96), LINEAR, packed=3, depth=12),
+    "table": site_of((3000, 64), ("v", "d"), operator="embedding"),
+}
+DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
+
+
+def draw(scheme, shape, rng):
+    std = math.sqrt(scheme.variance)
+    if scheme.distribution == "uniform":
+        return rng.uniform(-scheme.bound, scheme.bound, shape)
+    if scheme.distribution == "normal":
+        return rng.normal(0, std, shape)
+    # Rejection from the parent, whose std is the one of five that gives this variance.
+    parent = scheme.bound / (3.0 if scheme.bound / std > 2.7 else 2.0)
+    x = rng.normal(0, parent, shape)
+    while (bad := np.abs(x) > scheme.bound).any():
+        x[bad] = rng.normal(0, parent, int(bad.sum()))
+    return x
+
+
+@pytest.mark.parametrize("label", SITES)
+def test_the_true_scheme_is_in_the_set_and_no_distant_one(label):
+    site = SITES[label]
+    missed = tried = 0
+    for seed, scheme in enumerate(s for s in catalogue(site) if s.distribution != "constant" and s.variance > 1e-7):
+        values = draw(scheme, site.shape, np.random.default_rng(seed))
+        for dtype in DTYPES:
+            result = recognise(observe(values.astype(dtype)), site)
+            names = {f.name: f.variance for f in result.schemes}
+            missed, tried = missed + (scheme.name not in names), tried + 1
+            assert result.verdict in (("unknown",) if site.size < 1000 else ("init", "trained"))
+            if site.size >= 4096:
+                assert all(0.5 < v / scheme.variance < 2 for v in names.values())
+    assert missed <= 0.02 * tried
+
+
+@pytest.mark.parametrize("distribution", ["normal", "uniform"])
+def test_ten_per_cent_of_variance_at_a_million_weights(distribution):
+    site = site_of((1000, 1000), LINEAR)
+    true = next(s for s in catalogue(site) if s.name == ("normal(0.02)" if distribution == "normal" else "pytorch_default"))
+    values = (draw(true, site.shape, np.random.default_rng(0)) * math.sqrt(1.1)).astype(np.float32)
+    result = recognise(observe(values), site)
+    assert true.name not in {f.name for f in result.schemes}
+    # No scheme of the catalogue has it: a law of free scale is named instead, and says that it is.
+    assert result.free
+    assert result.verdict == "init"
+    assert result.schemes[0].name.startswith(distribution)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda w: nn.init.orthogonal_(w, gain=1.5), "orthogonal(1.5)"),
+        (nn.init.zeros_, "zeros"),
+        (nn.init.ones_, "ones"),
+        (lambda w: nn.init.constant_(w, 1e-5), "constant(1e-05)"),
+        (lambda w: nn.init.constant_(w, 0.3), "constant(0.3)"),
+        (nn.init.eye_, "identity"),
+        (lambda w: nn.init.sparse_(w, 0.25, std=0.01), "sparse(0.25"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
+def test_structures(make, name, shape):
+    torch.manual_seed(0)
+    weight = make(torch.empty(shape))
+    result = recognise(observe(weight.numpy()), site_of(shape, LINEAR))
+    assert result.schemes[0].name.startswith(name)
+    assert result.verdict == "init"
+
+
+def test_kernels_with_one_tap():
+    dirac = nn.init.dirac_(torch.empty(16, 4, 3, 3), groups=4)
+    assert recognise(observe(dirac.numpy()), site_of((16, 4, 3, 3), KERNEL, groups=4)).schemes[0].name == "dirac"
+    delta = np.zeros((32, 16, 3, 3), np.float32)
+    delta[:, :, 1, 1] = nn.init.orthogonal_(torch.empty(32, 16)).numpy()
+    assert recognise(observe(delta), site_of(delta.shape, KERNEL)).schemes[0].name == "delta_orthogonal(1)"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(128, 128), (40, 400), (300, 50)])
+def test_orthogonal_survives_rounding_and_nothing_else_passes(dtype, shape):
+    torch.manual_seed(0)
+    weight = nn.init.orthogonal_(torch.empty(shape)).numpy().astype(dtype)
+    assert observe(weight).structure == "orthogonal"
+    fresh = np.random.default_rng(0).normal(0, 1, shape).astype(dtype)
+    spacing = observe(fresh).spacing
+    assert math.isnan(orthogonal_gain(fresh, measure_units(fresh)[1], spacing))
+    unit_rows = fresh.astype(np.float64) / np.linalg.norm(fresh.astype(np.float64), axis=1, keepdims=True)
+    assert observe(unit_rows.astype(dtype)).structure == ""
+
+
+def test_a_padding_row_changes_nothing():
+    torch.manual_seed(0)
+    weight = nn.Embedding(500, 64, padding_idx=0).weight.detach().numpy()
+    result = recognise(observe(weight), site_of((500, 64), ("v", "d")))
+    assert "pytorch_default" in {f.name for f in result.schemes}
+
+
+def test_what_cannot_be_judged():
+    site = site_of((40, 40), LINEAR)
+    assert recognise(observe(np.full((40, 40), np.nan, np.float32)), site).verdict == "unknown"
+    assert recognise(observe(np.zeros((0, 40), np.float32)), site_of((0, 40), LINEAR)).verdict == "unknown"
+    bias = recognise(
+        observe(np.random.default_rng(0).uniform(-0.1, 0.1, 300).astype(np.float32)), site_of((300,), ("o",), fans=(100, 300))
+    )
+    assert "pytorch_default" in {f.name for f in bias.schemes}
+
+
+def moved(values, rng, kind):
+    rows, columns = values.shape
+    size = np.linalg.norm(values)
+    change = {
+        "rank one": lambda: np.outer(rng.normal(size=rows), rng.normal(size=columns)),
+        "common input": lambda: np.outer(rng.normal(size=rows), np.abs(rng.normal(size=columns))),
+        "smooth": lambda: np.cumsum(rng.normal(size=values.shape), axis=1),
+        "some rows": lambda: rng.normal(size=values.shape) * (np.arange(rows) < rows // 8)[:, None],
+        "heavy tails": lambda: rng.standard_cauchy(values.shape).clip(-50, 50),
+    }[kind]()
+    return values + 0.3 * size * change / np.linalg.norm(change)
+
+
+@pytest.mark.parametrize("kind", ["rank one", "common input", "smooth", "some rows", "heavy tails"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moved_weights_are_called_trained(kind, dtype):
+    rng = np.random.default_rng(0)
+    values = moved(rng.normal(0, 0.02, (256, 200)), rng, kind).astype(dtype)
+    result = recognise(observe(values), site_of((256, 200), LINEAR))
+    assert result.verdict == "trained"
+    assert result.schemes == ()
+
+
+def test_a_uniform_bound_overstepped_by_a_hair_is_seen():
+    values = np.random.default_rng(0).uniform(-1 / 16, 1 / 16, (64, 256)).astype(np.float32)
+    site = site_of((64, 256), LINEAR)
+    assert recognise(observe(values), site).decisive
+    result = recognise(observe((values * np.float32(1.002)).astype(np.float32)), site)
+    assert "pytorch_default" not in {f.name for f in result.schemes}
