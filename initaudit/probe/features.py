@@ -36,6 +36,7 @@ def features(trace: Trace) -> dict[str, float]:
         "sharpness": _sharpness(sgd),
         "unevenness": min(_unevenness(trace), 4.0),
         "dead": _dead(trace),
+        "faded_gradient": min(changes(trace)["gradient_loss"], 12.0),
     }
 
 
@@ -107,31 +108,42 @@ def duplicate_share(trace: Trace) -> float:
     return max(shares, default=0.0)
 
 
-def changes(trace: Trace) -> Mapping[str, float]:
-    """log10 of how far the signal and its gradient come: end over start of the second moments at the weights, worst on the way.
+def gradient_powers(trace: Trace) -> list[tuple[str, float]]:
+    """(node, squared norm of the gradient of its whole output) of every use of a weight, in forward order.
 
-    `signal_loss` and `gradient_loss` are decades lost (>= 0), `signal_growth` and `gradient_growth` decades gained.
+    Norms, not second moments: an average over positions leaves each of them a small share and takes nothing from the whole.
     """
-    signal = [w.output_moment2 for w in trace.weights if w.output_moment2 is not None]
-    gradient = [w.output_gradient_moment2 for w in trace.weights if w.output_gradient_moment2 is not None]
+    found = []
+    for weight in trace.weights:
+        signal = trace.signals.get(weight.node)
+        if signal is not None and signal.gradient_moment2 and math.isfinite(signal.gradient_moment2):
+            found.append((weight.node, signal.gradient_moment2 * math.prod(signal.shape)))
+    return found
+
+
+def signal_powers(trace: Trace) -> list[tuple[str, float]]:
+    """(node, second moment of its output) of every use of a weight, in forward order."""
+    return [(w.node, w.output_moment2) for w in trace.weights if w.output_moment2 and math.isfinite(w.output_moment2)]
+
+
+def changes(trace: Trace) -> Mapping[str, float]:
+    """Decades (>= 0) that signal and gradient lose or gain over the weights of the network.
+
+    A loss is taken over the whole way, a gain up to its peak.
+    """
+    signal = [math.log10(v) for _, v in signal_powers(trace)]
+    gradient = [math.log10(v) for _, v in gradient_powers(trace)][::-1]
     return {
-        "signal_loss": -_worst_fall(signal),
-        "signal_growth": _worst_rise(signal),
-        "gradient_loss": -_worst_fall(gradient[::-1]),
-        "gradient_growth": _worst_rise(gradient[::-1]),
+        "signal_loss": _fall(signal),
+        "signal_growth": _rise(signal),
+        "gradient_loss": _fall(gradient),
+        "gradient_growth": _rise(gradient),
     }
 
 
-def _decades(values: list[float]) -> list[float]:
-    return [math.log10(v) for v in values if v > 0 and math.isfinite(v)]
+def _fall(logs: list[float]) -> float:
+    return max(logs[0] - logs[-1], 0.0) if logs else 0.0
 
 
-def _worst_fall(values: list[float]) -> float:
-    """The last value over the first, in decades, where it is a fall; else 0."""
-    logs = _decades(values)
-    return min(logs[-1] - logs[0], 0.0) if len(logs) > 1 else 0.0
-
-
-def _worst_rise(values: list[float]) -> float:
-    logs = _decades(values)
-    return max(max(logs) - logs[0], 0.0) if len(logs) > 1 else 0.0
+def _rise(logs: list[float]) -> float:
+    return max(max(logs) - logs[0], 0.0) if logs else 0.0

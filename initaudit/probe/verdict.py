@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 
 from initaudit.graph.graph import Graph, location_of
-from initaudit.probe.features import changes, duplicate_share, features
-from initaudit.probe.trace import Trace, WeightRecord
+from initaudit.probe.features import changes, duplicate_share, features, gradient_powers, signal_powers
+from initaudit.probe.trace import Trace
 
 # Decades of second moment at which vanishing or exploding is as likely as not to matter: healthy default networks lose and gain
 # up to three, and of those that were trained most failed from seven on.
@@ -84,7 +84,7 @@ def _cause(graph: Graph, trace: Trace, risk: Risk) -> str:
     names = {"signal_loss": "signal", "gradient_loss": "gradient", "signal_growth": "signal", "gradient_growth": "gradient"}
     worst = max(names, key=lambda name: f[name])
     if f[worst] >= _HALF:
-        return _per_layer(trace.weights, worst, names[worst], sites)
+        return _per_layer(trace, worst, names[worst], sites)
     if f["dead"] >= _LIKELY:
         return f"{f['dead']:.0%} of the weights have no gradient, now and after two steps"
     if risk.symmetry >= _LIKELY:
@@ -95,14 +95,10 @@ def _cause(graph: Graph, trace: Trace, risk: Risk) -> str:
     return ""
 
 
-def _per_layer(weights: tuple[WeightRecord, ...], change: str, what: str, sites: Mapping[str, str]) -> str:
+def _per_layer(trace: Trace, change: str, what: str, sites: Mapping[str, str]) -> str:
     """ "the gradient loses a factor 3.1 per layer from 9 back to 0"."""
-    held = [
-        (w, v)
-        for w in weights
-        if (v := w.output_moment2 if what == "signal" else w.output_gradient_moment2) is not None and v > 0 and math.isfinite(v)
-    ]
-    first, last = sites.get(held[0][0].node, held[0][0].node), sites.get(held[-1][0].node, held[-1][0].node)
+    held = signal_powers(trace) if what == "signal" else gradient_powers(trace)
+    first, last = (sites.get(node, node) for node in (held[0][0], held[-1][0]))
     total = abs(math.log10(held[-1][1]) - math.log10(held[0][1]))
     factor = 10 ** (total / (2 * max(len(held) - 1, 1)))
     verb = "loses" if change.endswith("loss") else "gains"
