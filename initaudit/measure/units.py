@@ -83,7 +83,8 @@ def _add(sums: UnitSums, r: slice, c: slice, tile: np.ndarray[Any, Any], largest
     if tile.dtype == np.float32 and SMALLEST < largest < LARGEST:
         square = np.multiply(tile, tile, out=scratch.square[: tile.size].reshape(tile.shape))
     else:
-        tile = tile.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # arbitrary bytes are signalling NaNs too
+            tile = tile.astype(np.float64)
         square = tile * tile
     across, down = np.ones(tile.shape[1], tile.dtype), np.ones(tile.shape[0], tile.dtype)
     # Infinity less infinity is the NaN that the record promises.

@@ -132,7 +132,9 @@ class DryRun:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.copy = _hollow(module, self.mode)
 
-    def run(self, positional: Sequence[Any], keywords: Mapping[str, Any], names: Sequence[str]) -> Outcome:
+    def run(
+        self, positional: Sequence[Any], keywords: Mapping[str, Any], names: Sequence[str], *, training: bool = False
+    ) -> Outcome:
         """One run. Of tensors only shape and dtype count; `names` are those of the positional arguments."""
         outcome = Outcome()
         named = {**dict(zip(names, positional, strict=True)), **keywords}
@@ -143,6 +145,7 @@ class DryRun:
                     target = self.copy
                     if target is None:
                         raise NotImplementedError("the module cannot be copied")
+                    target.train(training)
                     with _Watch(outcome):
                         target(*(fake[n] for n in names), **{n: fake[n] for n in keywords})
             except _UNDECIDED as error:

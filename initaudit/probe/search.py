@@ -265,7 +265,21 @@ class Search:
                 )
                 if assignment is not before:
                     break
-        return Found(assignment, outcome, self.arguments)
+        return Found(*self._for_training(assignment, outcome), self.arguments)
+
+    def _for_training(self, assignment: Assignment, outcome: Outcome) -> tuple[Assignment, Outcome]:
+        """The same with images large enough for what only training reaches (auxiliary heads), where there is such a size."""
+        if not self.module.training or self._trains(assignment):
+            return assignment, outcome
+        for size in (128, 192, 224, 299):
+            changed, result = self._better(assignment, outcome, functools.partial(_as_image, size=size), lambda _: True)
+            if changed is not assignment and self._trains(changed):
+                return changed, result
+        return assignment, outcome
+
+    def _trains(self, assignment: Assignment) -> bool:
+        positional, keywords, names = self.call(assignment, _hollow_tensor)
+        return self.dry.run(positional, keywords, names, training=True).ok
 
     def _better(
         self, assignment: Assignment, outcome: Outcome, change: Callable[[Guess], Guess | None], good: Callable[[Outcome], bool]

@@ -29,9 +29,9 @@ class Flow:
     """By node name; ratios of second moments that begin at 1.
 
     `size` is what is left of the signal's second moment since the input or the last normalization, `contrast` of the share of
-    it that differs between examples, `gradient` of the squared norm of the gradient since the layer before the output.
-    `growth` and `gradient_growth` are the same as measured, gates and sums included. `last` names what the
-    output's layers read.
+    it that differs between examples, `gradient` of the squared norm of the gradient since the layer before the output (of a
+    branch: since the stream that it leaves). `growth` and `gradient_growth` are the same as measured, gates and sums included.
+    `last` names what the output's layers read, or the outputs themselves where no layer makes them.
     """
 
     size: Mapping[str, float]
@@ -59,11 +59,11 @@ class _Follow:
         for node, sources in self.sources.items():
             for source in sources:
                 self.users[source].append(node)
-        self.heads = self._heads()
+        self.heads, self.ends = self._heads()
 
     def flow(self) -> Flow:
         size, contrast, growth = self._forward()
-        last = tuple(dict.fromkeys(s.name for n in self.nodes if n.name in self.heads for s in self.sources[n]))
+        last = tuple(dict.fromkeys(n.name for n in self.ends))
         return Flow(size, contrast, self._backward(), growth, self._gradient_growth(), last)
 
     def _written_norms(self) -> None:
@@ -136,9 +136,16 @@ class _Follow:
         return size, contrast, growth
 
     def _backward(self) -> dict[str, float]:
+        left = self._along_the_best_way()
+        for node in self.nodes:
+            # A branch beside a skip gets what its weights let through; nothing is lost while the stream keeps its gradient.
+            left[node.name] = max(left[node.name], *(left[s.name] for s in self.sources[node]), 0.0)
+        return left
+
+    def _along_the_best_way(self) -> dict[str, float]:
         left: dict[str, float] = {}
         for node in reversed(self.nodes):
-            best: float | None = None
+            best = 1.0 if node in self.ends else None
             users = [u for u in self.users[node] if u.name in left]
             for user in users:
                 kept = 1.0
@@ -152,28 +159,34 @@ class _Follow:
         return left
 
     def _gradient_growth(self) -> dict[str, float]:
-        starts = [s for n in self.nodes if n.name in self.heads for s in self.sources[n]]
-        at_head = [g for n in starts if (g := _norm2(self.signals[n.name])) is not None and g > 0]
-        if not at_head:
+        at_end = [g for n in self.ends if (g := _norm2(self.signals[n.name])) is not None and g > 0]
+        if not at_end:
             return {}
-        return {n.name: g / max(at_head) for n in self.nodes if (g := _norm2(self.signals[n.name])) is not None}
+        return {n.name: g / max(at_end) for n in self.nodes if (g := _norm2(self.signals[n.name])) is not None}
 
-    def _heads(self) -> frozenset[str]:
-        """The last linear operator before each output, found upwards through what has one source."""
+    def _heads(self) -> tuple[frozenset[str], list[fx.Node]]:
+        """The last linear operator before each output, found upwards through what has one source, and what these read.
+
+        An output that a sum or a normalization makes has no such operator: it is an end itself.
+        """
         from initaudit.graph.calls import role_of
 
         by_name = {n.name: n for n in self.nodes}
-        found = set()
+        heads: set[str] = set()
+        ends: dict[fx.Node, None] = {}
         for name in self.trace.outputs:
-            node = by_name.get(name)
+            output = node = by_name.get(name)
             for _ in range(_FAR):
-                if node is None or role_of(node).kind in ("contraction", "recurrent"):
+                if node is None or role_of(node).kind in ("contraction", "recurrent", "normalization"):
                     break
                 sources = self.sources[node]
                 node = sources[0] if len(sources) == 1 else None
-            if node is not None:
-                found.add(node.name)
-        return frozenset(found)
+            if node is not None and role_of(node).kind != "normalization" and self.sources[node]:
+                heads.add(node.name)
+                ends.update(dict.fromkeys(self.sources[node]))
+            elif output is not None:
+                ends[output] = None
+        return frozenset(heads), list(ends)
 
 
 def _norm2(signal: Signal) -> float | None:

@@ -85,7 +85,8 @@ def _killed(evidence: Evidence, layer: LayerEvidence) -> float:
     if off is None or array is None or evidence.trace is None or not layer.records or normalised(layer) or off.path:
         return 0.0
     signal, power = evidence.trace.signals.get(off.node), layer.records[0].input_moment2
-    if signal is None or not signal.dead or power is None or not layer.moments.moment2 > 0:
+    # Where nothing arrives yet, as behind a zero-initialised branch, any bias outweighs it.
+    if signal is None or not signal.dead or not power or not layer.moments.moment2 > 0:
         return 0.0
     bias = array.read().astype(np.float64).ravel()
     axes = [i for i, a in enumerate(pair.axes) if a == "o"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp, residual
-from initaudit.rules.health import GRADIENT_GROWTH, above, health
+from initaudit.rules.health import health
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import fields, init_line, initial, power
 
@@ -36,7 +36,7 @@ class GradientExploding(Rule):
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""
         state = health(evidence)
-        level, layer = above(state.gradient_growth, GRADIENT_GROWTH), state.worst_gradient_growth
+        level, layer = state.gradient_growing, state.worst_gradient_growth
         if not level or layer is None or not initial(evidence):
             return
         yield self.finding(

@@ -43,6 +43,9 @@ class DeadActivations(Rule):
             return
         found = []
         for layer in evidence.layers:
+            # A ReLU is off at zero: behind a zero-initialised layer that says nothing about its units.
+            if not any(r.output_moment2 for r in layer.records):
+                continue
             for feed in layer.feeds:
                 signal = evidence.trace.signals.get(feed.node)
                 if signal is None or signal.dead is None or not signal.shape:

@@ -10,16 +10,12 @@ from initaudit.rules.health import GROWTH, health
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import bounded, fields, init_line, initial, power
 
-# What a small difference of the inputs is multiplied by in power, while the signal itself stays as it is. Healthy networks
-# reach 100 through the norms behind small embeddings; at 1e4 a hundredth of the input's size decides the output.
-_CHAOS = 1e4
-
 
 class Chaotic(Rule):
     """Nearly equal inputs become unrelated: small differences grow with depth while the signal keeps its size.
 
     What it does: the gradient's power on its way back is what a small difference of the inputs is multiplied by on its way
-    forward. It is reported where it exceeds 10,000 although the signal itself, bounded by its activations, does not grow.
+    forward. It is reported where it explodes (see IA304) although the signal itself, bounded by its activations, does not grow.
 
     Why it is bad: the network answers to noise. What it learns about one input says nothing about its neighbour.
 
@@ -40,7 +36,7 @@ class Chaotic(Rule):
         """At most one finding."""
         state = health(evidence)
         layer = state.worst_gradient_growth
-        if not initial(evidence) or layer is None or state.growth > GROWTH[0] or state.gradient_growth < _CHAOS:
+        if not initial(evidence) or layer is None or state.growth > GROWTH[0] or not state.gradient_growing:
             return
         if not bounded(evidence, state.layers):
             return

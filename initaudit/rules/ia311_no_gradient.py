@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp, residual
+from initaudit.rules.gates import factors
 from initaudit.rules.rule import Example, Finding, Rule, Severity
 from initaudit.rules.support import initial, names
+
+if TYPE_CHECKING:
+    from initaudit.probe.trace import ParameterRecord
+
+_CUT = 0.1  # share of the parameters
 
 
 class NoGradient(Rule):
@@ -44,25 +52,25 @@ class NoGradient(Rule):
         silent = {n: p for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None}
         if not silent:
             return
-        # Where it is cut: a zero weight or scale explains the others, and is named first.
-        order = sorted(
-            silent.values(), key=lambda p: (p.norm > 0, p.norm == 0 and len(p.shape) == 1 and p.name.endswith("bias"))
-        )
-        weights = [p for p in order if p.norm == 0 or len(p.shape) > 1]
-        large = [p for p in order if _matrix(p.shape) or p.norm > 0]
-        if not large:
-            return
-        first = (weights or order)[0]
-        cause = " (it is zero itself)" if first.norm == 0 else ""
+        first = _cut(evidence, list(silent.values()))
+        matrices = any(_matrix(p.shape) for p in silent.values())
+        elements = {n: math.prod(p.shape) for n, p in trace.parameters.items()}
+        share = sum(elements[n] for n in silent) / max(1, sum(elements.values()))
+        others = [p.name for p in silent.values() if p is not first]
+        scale = first.norm == 0 and len(first.shape) < 2
         yield self.finding(
             f"{len(silent)} trainable parameters get a gradient of exactly zero, also after two steps of the others: "
-            f"{names([p.name for p in order])}{cause and f'; {first.name} is zero itself'}; they keep their values for ever",
+            f"{names([first.name, *others])}"
+            + (f"; {first.name} is a factor of zero and cuts the others off" if first.norm == 0 and others else "")
+            + "; they keep their values for ever",
             f'torch.nn.init.ones_(model.get_parameter("{first.name}"))'
-            if first.norm == 0 and len(first.shape) == 1
+            if scale
             else "initialise what cuts them off, or remove them from the model",
+            # Scales and shifts may cancel in what a small input shows of a network; a tenth of it is a cut.
+            severity=("error" if share > _CUT or first.norm == 0 else "warning") if matrices else "info",
             measured=0.0,
             tensor=first.name,
-            related=tuple(p.name for p in order if p is not first),
+            related=tuple(others),
         )
 
     def _unreached(self, evidence: Evidence) -> Iterator[Finding]:
@@ -72,14 +80,14 @@ class NoGradient(Rule):
             return
         shapes = {n: a.shape for n, a in evidence.checkpoint.arrays.items()}
         layers = [n for n in graph.unused if _matrix(shapes.get(n, ()))]
-        traced = any("by running" in note for note in graph.notes)
+        # A path that one batch does not take (an expert without tokens), or an input that was not given, is no weight's fault.
+        left_out = any("by running" in note for note in graph.notes) or _optional_inputs(evidence)
         share = len(layers) / max(1, len(layers) + len(evidence.layers))
-        # A path that one batch does not take (an expert without tokens) is no fault of the weights.
-        level: Severity = "error" if layers and not traced else "info"
+        level: Severity = "error" if layers and not left_out else "info"
         yield self.finding(
             f"forward never reaches {len(graph.unused)} trainable parameters: {names(list(graph.unused))}"
             + (f" ({100 * share:.0f} % of the weights)" if layers else "")
-            + "; they keep their random values",
+            + ("; an input that was left out may lead there" if left_out else "; they keep their random values"),
             "call the layer in forward, or delete it; or freeze it with requires_grad_(False)",
             severity=level,
             measured=0.0,
@@ -104,6 +112,23 @@ class NoGradient(Rule):
                 "biases that switch all units off", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-99))
             ),
         )
+
+
+def _cut(evidence: Evidence, silent: list[ParameterRecord]) -> ParameterRecord:
+    """The parameter at which the gradient is cut off: a zero factor, else the first matrix."""
+    assert evidence.graph is not None
+    multiply = {*factors(evidence.graph), *(c for x in evidence.layers for c in x.pair.constants)}
+    return min(silent, key=lambda p: (not (p.norm == 0 and p.name in multiply), not _matrix(p.shape)))
+
+
+def _optional_inputs(evidence: Evidence) -> bool:
+    """Whether forward takes tensors that were not given: a second modality, a decoder."""
+    forward = getattr(evidence.checkpoint.program, "forward", None)
+    if forward is None or evidence.graph is None:
+        return False
+    given = {i.name.partition(".")[0] for i in evidence.graph.inputs}
+    free = (p for p in inspect.signature(forward).parameters.values() if p.default is None)
+    return any(p.name not in given for p in free)
 
 
 def _matrix(shape: tuple[int, ...]) -> bool:

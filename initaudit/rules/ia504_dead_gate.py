@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from initaudit.rules.evidence import Evidence
+from initaudit.rules.gates import factors
 from initaudit.rules.rule import Finding, Rule
 from initaudit.rules.support import names
-
-if TYPE_CHECKING:
-    from torch import fx
 
 
 class DeadGate(Rule):
@@ -40,11 +37,7 @@ class DeadGate(Rule):
         if evidence.graph is None or evidence.phase not in ("trained", "mixed"):
             return
         zero = {n for n, m in evidence.tensors.items() if m.count and m.min == m.max == 0.0}
-        gates = [
-            str(node.target)
-            for node in evidence.graph.fx.nodes
-            if node.op == "get_attr" and str(node.target) in zero and _multiplies(node)
-        ]
+        gates = [name for name in factors(evidence.graph) if name in zero]
         if gates:
             yield self.finding(
                 f"{names(gates)} {'is' if len(gates) == 1 else 'are'} exactly zero in a trained network: what "
@@ -54,21 +47,3 @@ class DeadGate(Rule):
                 measured=0.0,
                 related=tuple(dict.fromkeys(gates[1:])),
             )
-
-
-def _multiplies(node: fx.Node) -> bool:
-    """Whether a constant is a factor of a signal."""
-    from initaudit.graph.calls import arguments, role_of
-
-    for user in node.users:
-        if user.op != "call_function":
-            continue
-        role, bound = role_of(user), arguments(user)
-        name = (role.name or getattr(user.target, "__name__", "")).lower()
-        if role.kind == "pointwise" and name in ("mul", "multiply"):
-            return True
-        if role.kind == "normalization" and any(bound.get(k) is node for k in ("weight", "scale", "Scale")):
-            return True
-        if role.kind == "passthrough" and _multiplies(user):
-            return True
-    return False

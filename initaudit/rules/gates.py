@@ -1,0 +1,34 @@
+"""Which parameters are factors of a signal: gates, scales of normalizations, LayerScale."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from initaudit.graph.graph import Graph
+
+_SCALES = ("weight", "scale")
+
+
+def factors(graph: Graph) -> list[str]:
+    """The constants that multiply a signal, element by element or as the scale of a normalization, in forward order."""
+    return [str(n.target) for n in graph.fx.nodes if n.op == "get_attr" and _multiplies(n)]
+
+
+def _multiplies(node: fx.Node) -> bool:
+    from initaudit.graph.calls import arguments, role_of
+
+    for user in node.users:
+        if user.op != "call_function":
+            continue
+        role, bound = role_of(user), arguments(user)
+        name = (role.name or getattr(user.target, "__name__", "")).lower()
+        if role.kind == "pointwise" and name in ("mul", "multiply"):
+            return True
+        if role.kind == "normalization" and any(bound.get(k) is node for k in bound if k.lower() in _SCALES):
+            return True
+        if role.kind == "passthrough" and _multiplies(user):
+            return True
+    return False
