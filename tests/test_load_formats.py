@@ -179,9 +179,9 @@ def test_plain_pickle_of_every_protocol(protocol: int, tmp_path: Path) -> None:
 def test_joblib(tmp_path: Path) -> None:
     joblib = pytest.importorskip("joblib")
     value = {"w": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.random.rand(3, 4)), "v": np.ones(3, np.float32)}
-    joblib.dump(value, tmp_path / "x.joblib")
+    joblib.dump({"text": np.array(["a", "bc"]), "objects": np.array([{}], dtype=object), **value}, tmp_path / "x.joblib")
     checkpoint = load(tmp_path / "x.joblib")
-    assert checkpoint.problems == ()
+    assert [problem.tensor for problem in checkpoint.problems] == ["objects"]
     for name, array in value.items():
         assert np.array_equal(checkpoint.arrays[name].read(), array)
 

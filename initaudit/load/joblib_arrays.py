@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from initaudit.load.pickle_machine import BrokenPickle, Inline, Machine
 from initaudit.load.pickle_reader import read
-from initaudit.load.pickle_values import Call, Dtype, NdArray
+from initaudit.load.pickle_values import Call, Dtype, NdArray, Opaque
 from initaudit.load.spans import Span, byte_count
+
+_TEXT = re.compile(r"([SU])(\d{1,9})")  # numpy's codes of fixed-width bytes and text
 
 
 def _wrapped(machine: Machine, wrapper: Call) -> Any:
@@ -32,8 +33,11 @@ def _wrapped(machine: Machine, wrapper: Call) -> Any:
         return value
     if state.get("numpy_array_alignment_bytes") is not None:
         machine.take(machine.take(1)[0])
-    length = byte_count(np.dtype(dtype.code).name, shape)
-    raw = machine.take(length)
+    text = _TEXT.fullmatch(dtype.code)
+    if text is not None:
+        machine.take(math.prod(shape) * int(text[2]) * (4 if text[1] == "U" else 1))
+        return Opaque("an array of text")
+    raw = machine.take(byte_count(dtype.numpy.name, shape))
     return NdArray(shape, dtype, state.get("order") == "F" and math.prod(shape) > 0, Span.of_bytes(Path("."), raw))
 
 

@@ -53,10 +53,11 @@ def load(path: Path) -> Checkpoint:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             graph, places = without_weights(data)
         model.ParseFromString(graph)
+        spans = _mapped(model, places, path)
     except (DecodeError, ValueError, RuntimeError) as error:
         advice = "it is truncated or damaged: copy or export it again"
         raise UnreadableModel(where, "not a complete ONNX model", advice=advice) from error
-    return _checkpoint(model, where, str(path), path.parent, _mapped(model, places, path))
+    return _checkpoint(model, where, str(path), path.parent, spans)
 
 
 def _mapped(model: onnx.ModelProto, places: list[tuple[int, int] | None], path: Path) -> dict[str, Span]:

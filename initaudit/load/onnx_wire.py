@@ -116,14 +116,14 @@ def without_weights(data: Buffer) -> tuple[bytes, list[tuple[int, int] | None]]:
     """
     places: list[tuple[int, int] | None] = []
     kept = bytearray()
-    for number, _, begin, end, start in _placed(data, 0, len(data)):
-        if number != GRAPH:
+    for number, kind, begin, end, start in _placed(data, 0, len(data)):
+        if number != GRAPH or kind != LENGTH:
             kept += data[start:end]
             continue
         graph = bytearray()
         copied = begin  # everything up to here is in `graph`
-        for inner, _, first, last, head in _placed(data, begin, end):
-            if inner != INITIALIZER:
+        for inner, wire, first, last, head in _placed(data, begin, end):
+            if inner != INITIALIZER or wire != LENGTH:
                 continue
             tensor, place = _without_raw(data, first, last)
             places.append(place)

@@ -178,11 +178,9 @@ def _numpy_array(value: NdArray, name: str, label: str) -> Array:
     if value.dtype is None or value.raw is None:
         raise UnreadableModel(label, "an array of Python objects, which is not read")
     try:
-        plain = np.dtype(value.dtype.code)
+        plain = value.dtype.numpy
     except TypeError as error:
-        raise UnreadableModel(label, f"unknown dtype {show(value.dtype.code)}") from error
-    if plain.kind not in "biufc" or plain.itemsize > 16:
-        raise UnreadableModel(label, f"an array of {plain.name}, which holds no numbers")
+        raise UnreadableModel(label, f"an array of {show(value.dtype.code)}, which holds no numbers") from error
     shape, raw, big_endian, fortran = value.shape, value.raw, value.dtype.big_endian, value.fortran
     try:
         expected = byte_count(plain.name, shape)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from initaudit.load.spans import Span, show
 
+_NUMBER = re.compile(r"\?|b1|[iuf][1248]|c(8|16)|f16")  # what numpy calls a bool, an integer, a float, a complex number
 ARGUMENT_CHARACTERS = 60  # of each argument that a message repeats
 DESCRIBED_DEPTH = 3
 DESCRIBED_ITEMS = 4
@@ -88,6 +92,13 @@ class Dtype:
 
     code: str
     big_endian: bool = False
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """numpy's dtype in native order; raises TypeError for a code that is no plain number (text, records, objects)."""
+        if _NUMBER.fullmatch(self.code) is None:
+            raise TypeError(f"{show(self.code)} is no dtype of numbers")
+        return np.dtype(self.code)
 
 
 @dataclass(eq=False, slots=True)
