@@ -124,7 +124,7 @@ def _sample(array: np.ndarray[Any, Any], moments: Moments, drop_zeros: bool) -> 
 def _spectrum(
     matrix: np.ndarray[Any, Any], alive: Vector, moments: Moments
 ) -> tuple[tuple[int, int], float, tuple[tuple[float, int], ...]]:
-    """(shape of a block of the rows `alive`, the largest eigenvalue of B B^T over the mean square, correlations of neighbours)."""
+    """(shape of a block B of the rows `alive`, top eigenvalue of B B^T over the mean square, correlations of neighbours)."""
     rows, columns = min(SIDE, alive.size), min(SIDE, matrix.shape[1])
     # Rows spread over the matrix: of a table, the first are often the ones that training touches most. Columns that lie
     # together, so that neighbours are neighbours.
