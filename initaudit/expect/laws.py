@@ -88,7 +88,8 @@ class Law:
         if self.distribution == "truncated":
             tail = math.erfc(_parent_cut(self.cut) / math.sqrt(2))
             outside = (outside - tail) / (1 - tail)
-        return math.log1p(-min(max(outside, 0.0), 1 - 1e-300))
+        # Values of 1e-40 under a law of 0.02 leave nothing within; 2^-53 is the nearest to that which has a logarithm.
+        return math.log1p(-min(max(outside, 0.0), 1 - 2.0**-53))
 
 
 @lru_cache(maxsize=64)
