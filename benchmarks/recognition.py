@@ -68,7 +68,7 @@ def fresh(seeds: int, most: int) -> Iterator[tuple[str, str, collections.Counter
         counts = {d.name: collections.Counter[str]() for d in DTYPES}
         for (distribution, cut), schemes in kinds(site).items():
             for seed in range(seeds):
-                z = standard(distribution, cut, site.shape, np.random.default_rng(seed))
+                z = standard(distribution, cut, site.shape, np.random.default_rng([seed, site.size]))
                 tried = most if site.size < 1e6 else 1
                 for turn in range(min(tried, len(schemes))):
                     scheme = schemes[(seed * tried + turn) % len(schemes)]

@@ -31,7 +31,7 @@ from initaudit.expect.schemes import Scheme, Site, catalogue
 from initaudit.measure.observation import Observation
 
 # A scheme whose p-value, corrected for the number of tests, is below this is not in the set.
-LEVEL = 1e-3
+LEVEL = 2e-4
 # Below this many values a law of free scale is matched by too much to be evidence of anything.
 ENOUGH = 1000
 # From this many on a normal tensor does not stay one through training, and a law of free scale says something.
