@@ -18,15 +18,18 @@ _QKV = 3
 class FanOfPackedWeight(Rule):
     """A weight that packs several matrices, or a grouped kernel, was scaled by the fan of the whole.
 
-    What it does: recognises (a) a matrix of queries, keys and values in one, drawn by Xavier with all 3E outputs counted, and
-    (b) the kernel of a grouped convolution drawn with the channels of all groups, where a unit sees those of one group.
+    What it does: recognises (a) a matrix of queries, keys and values in one, drawn by Xavier with all 3E outputs counted,
+    (b) the kernel of a grouped convolution drawn with the channels of all groups, where a unit sees those of one group, and
+    (c) matrices stacked along an axis of their own, as those of experts, which `torch.nn.init` takes for the taps of a kernel.
 
     Why it is bad: (a) every projection is sqrt(2) too small, which costs a little at the start; (b) a depthwise kernel of 64
-    channels has 1/64 of the variance it needs. Without a normalization behind it this compounds from layer to layer.
+    channels has 1/64 of the variance it needs; (c) an expert of 512 by 2048 is drawn with fan-in 1,048,576. Without a
+    normalization behind it this compounds from layer to layer.
 
     Example: `nn.MultiheadAttention` draws `in_proj_weight` so.
 
-    Instead: draw each part by its own fans: `for w in in_proj_weight.chunk(3): nn.init.xavier_uniform_(w)`.
+    Instead: draw each part by its own fans: `for w in in_proj_weight.chunk(3): nn.init.xavier_uniform_(w)`, and
+    `for w in experts: nn.init.kaiming_normal_(w)`.
 
     Source: https://github.com/pytorch/pytorch/issues/166378; He et al. 2015, section 2.2.
     """
@@ -38,7 +41,7 @@ class FanOfPackedWeight(Rule):
     summary = "a packed or grouped weight (Q,K,V in one matrix; depthwise) was scaled by the fan of the whole"
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding for each of the two kinds."""
+        """One finding for each of the three kinds."""
         if not initial(evidence):
             return
         layers = list(fresh_layers(evidence, "contraction"))
@@ -62,6 +65,27 @@ class FanOfPackedWeight(Rule):
         grouped = [x for x in layers if _grouped(x) and plain(x) and not normalised(x)]
         if grouped:
             yield self._grouped(evidence, grouped)
+        stacked = [(x, law) for x in layers if plain(x) and not normalised(x) and (law := _stacked(x))]
+        if stacked:
+            yield self._stacked(evidence, stacked)
+
+    def _stacked(self, evidence: Evidence, stacked: list[tuple[LayerEvidence, tuple[str, float]]]) -> Finding:
+        first, (law, expected) = stacked[0]
+        level, pair, error = health(evidence).vanishing, first.pair, error_of(first)
+        ratio = first.moments.variance / expected
+        copies = math.prod(n for n, a in zip(pair.shape, pair.axes, strict=True) if a == "n")
+        return self.finding(
+            f"{copies} matrices are stacked in one tensor of shape {'x'.join(map(str, pair.shape))}, and variance "
+            f"{first.moments.variance:.3g} is {law}'s with the fan of the whole: {ratio:.2g} of the {expected:.3g} that one "
+            f"matrix of fan_in {pair.fan_in} needs, {(1 - ratio) / (error * ratio):.0f} standard errors below; what these "
+            "layers send on is that much weaker",
+            f"for w in {parameter(first.tensor)}: torch.nn.init.normal_(w, std={math.sqrt(expected):.4g})",
+            severity="error" if level == "error" else "warning" if level else "info",
+            measured=first.moments.variance,
+            expected=expected,
+            related=tuple(x.tensor for x, _ in stacked[1:]),
+            **fields(first),
+        )
 
     def _grouped(self, evidence: Evidence, grouped: list[LayerEvidence]) -> Finding:
         first = grouped[0]
@@ -92,6 +116,7 @@ class FanOfPackedWeight(Rule):
         return (
             example("depthwise kernels by all channels", lambda: _depthwise(9 * 48)),
             example("nn.MultiheadAttention", _attention),
+            example("experts as one tensor", _experts),
         )
 
 
@@ -109,8 +134,28 @@ def _grouped(layer: LayerEvidence) -> bool:
     if pair.groups < 2 or pair.axes[:2] != ("o", "i") or not math.isfinite(error) or not variance > 0:
         return False
     taps = pair.fan_in // max(1, pair.shape[1])
-    wrong = [2 / (taps * pair.shape[0]), 2 / (taps * pair.shape[1] * pair.groups)]
+    inside, outside = taps * pair.shape[1], taps * pair.shape[0]  # as torch.nn.init reads the shape
+    wrong = [2 / outside, 1 / outside, 2 / (inside * pair.groups), 1 / (inside * pair.groups), 2 / (inside + outside)]
+    # With six groups He's law for the whole is PyTorch's default for one.
+    own = [c / pair.fan_in for c in (2, 1, 1 / 3)]
+    if any(abs(variance / v - 1) < SIGMAS * error for v in own):
+        return False
     return any(abs(variance / v - 1) < SIGMAS * error for v in wrong) and variance * pair.fan_in < 2 * (1 - SIGMAS * error)
+
+
+def _stacked(layer: LayerEvidence) -> tuple[str, float] | None:
+    """(the law that fits with the fan of the whole tensor, the variance it asks for by the matrix's own), or None."""
+    pair, error, variance = layer.pair, error_of(layer), layer.moments.variance
+    if sorted(pair.axes) != ["i", "n", "o"] or pair.axes[0] != "n" or not math.isfinite(error) or not variance > 0:
+        return None
+    # torch.nn.init takes the axes from the third on for the taps of a kernel.
+    inside, outside = pair.shape[1] * pair.shape[2], pair.shape[0] * pair.shape[2]
+    laws = (("He", 2.0), ("LeCun", 1.0), ("PyTorch's default", 1 / 3))
+    found = [(law, c / fan, c / pair.fan_in) for law, c in laws for fan in (inside, outside)]
+    found.append(("Xavier", 2 / (inside + outside), 2 / (pair.fan_in + pair.fan_out)))
+    if any(abs(variance / own - 1) < SIGMAS * error for *_, own in found):
+        return None
+    return next(((law, own) for law, whole, own in found if whole < own and abs(variance / whole - 1) < SIGMAS * error), None)
 
 
 def _depthwise(fan: int) -> Any:
@@ -140,3 +185,21 @@ def _attention() -> Any:
             return self.head(x + self.attention(x, x, x, need_weights=False)[0])
 
     return Reader(), (torch.randn(4, 8, 64),)
+
+
+def _experts() -> Any:
+    import torch
+    from torch import nn
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(16, 4)
+            self.up = nn.Parameter(nn.init.kaiming_normal_(torch.empty(4, 16, 32)))
+            self.down = nn.Parameter(nn.init.kaiming_normal_(torch.empty(4, 32, 16)))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            hidden = torch.relu(torch.einsum("bi,eio->ebo", x, self.up))
+            return ((hidden @ self.down) * self.router(x).softmax(-1).T.unsqueeze(-1)).sum(0)
+
+    return nn.Sequential(Mixture(), nn.Linear(16, 4)), (torch.randn(16, 16),)

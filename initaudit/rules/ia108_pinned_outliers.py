@@ -23,7 +23,7 @@ class PinnedOutliers(Rule):
     """A handful of weights sit exactly at a distant truncation bound.
 
     What it does: compares the largest magnitude with the spread of the bulk (median of |w|), and counts how many weights hold
-    exactly that value.
+    exactly that value, in one tensor or, one in each, in several.
 
     Why it is bad: a weight of -2 among weights of 0.02 dominates its unit: one input decides what the unit says.
 
@@ -44,16 +44,21 @@ class PinnedOutliers(Rule):
         """One finding for all tensors of this kind."""
         if not initial(evidence):
             return
-        found = [
-            (x, *pinned) for x in fresh_layers(evidence, "contraction", "recurrent", "embedding") if (pinned := _pinned(x))
-        ]
+        seen = {
+            x.tensor: (x, *pinned)
+            for x in fresh_layers(evidence, "contraction", "recurrent", "embedding")
+            if (pinned := _pinned(x))
+        }
+        # One value far out may be a hand's work; the same one in two tensors is a bound.
+        bounds = [abs(bound) for _, bound, _, _ in seen.values()]
+        found = [f for f in seen.values() if f[2] > 1 or bounds.count(abs(f[1])) > 1]
         if not found:
             return
         layer, bound, count, spread = found[0]
         yield self.finding(
-            f"{count} of {layer.moments.count:,} weights are exactly {bound:.4g}, {abs(bound) / spread:.0f} standard "
-            "deviations of the others "
-            f"({spread:.3g}) from zero; such a weight decides its unit alone"
+            f"{count} of {layer.moments.count:,} weights {'is' if count == 1 else 'are'} exactly {bound:.4g}, "
+            f"{abs(bound) / spread:.0f} standard deviations of the others ({spread:.3g}) from zero; such a weight decides its "
+            "unit alone"
             + (f"; the same in {names([x.tensor for x, *_ in found[1:]])}" if len(found) > 1 else ""),
             f"torch.nn.init.trunc_normal_({parameter(layer.tensor)}.float(), std={spread:.3g}, a={-2 * spread:.3g}, "
             f"b={2 * spread:.3g})"
@@ -86,7 +91,7 @@ def _pinned(layer: LayerEvidence) -> tuple[float, int, float] | None:
     if not spread > 0 or largest < _FAR * spread:
         return None
     at = int(np.count_nonzero(values == np.float32(largest)))
-    if at < 2 or at > _SHARE * values.size:
+    if at > _SHARE * values.size:
         return None
     return (moments.min if -moments.min >= moments.max else moments.max), at, spread
 

@@ -1,0 +1,72 @@
+"""How layers follow each other in the graph: which read the model's input, and which read another one's output directly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from initaudit.rules.evidence import Evidence, LayerEvidence
+
+if TYPE_CHECKING:
+    from torch import fx
+
+_MOST = 200  # values behind one layer: activation, dropout and layout in primitive operators are a few dozen
+
+
+def reading_inputs(evidence: Evidence) -> frozenset[str]:
+    """The tensors of layers with no other layer before them: what they need depends on the scale of the data."""
+    if evidence.graph is None:
+        return frozenset()
+    at = {p.node: layer.tensor for layer in evidence.layers for p in layer.pairs}
+    behind: set[fx.Node] = set()
+    found = set()
+    for node in evidence.graph.fx.nodes:
+        if any(a in behind for a in node.all_input_nodes):
+            behind.add(node)
+        elif node.name in at:
+            found.add(at[node.name])
+            behind.add(node)
+    return frozenset(found)
+
+
+def readers(evidence: Evidence, layer: LayerEvidence) -> tuple[LayerEvidence, ...]:
+    """The layers that read the output of `layer` unit by unit: activations, norms, dropout and changes of layout lie between.
+
+    Empty where anything else reads it too, or there is no graph.
+    """
+    if evidence.graph is None:
+        return ()
+    start = next((n for n in evidence.graph.fx.nodes if n.name == layer.pair.node), None)
+    at = {p.node: other for other in evidence.layers for p in other.pairs}
+    found: dict[str, LayerEvidence] = {}
+    for node in _behind(start) if start is not None else ():
+        if node is None:
+            return ()
+        if node.name in at:
+            found.setdefault(at[node.name].tensor, at[node.name])
+    return tuple(found.values())
+
+
+def _behind(start: fx.Node) -> Iterator[fx.Node | None]:
+    """The nodes where something else than unit by unit is done with the value of `start`; None where it cannot be followed."""
+    from initaudit.graph.calls import role_of, weight_uses
+    from initaudit.graph.constness import constant_nodes
+
+    constant = constant_nodes(start.graph)
+    seen, stack = {start}, [start]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            role = role_of(user)
+            alone = all(a is node or a in constant or a in seen for a in user.all_input_nodes)
+            if user.op != "call_function" or len(seen) > _MOST:
+                yield None
+            elif weight_uses(user, constant) and role.kind != "normalization":
+                yield user
+            elif alone and role.kind in ("pointwise", "normalization", "passthrough"):
+                stack.append(user)
+            else:
+                yield None
