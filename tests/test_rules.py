@@ -30,7 +30,8 @@ def evidence_of(module, inputs=None, **config):
 @pytest.mark.parametrize(("code", "kind", "example"), EXAMPLES, ids=[f"{c}-{k}-{e.name}" for c, k, e in EXAMPLES])
 def test_example(code, kind, example):
     module, inputs = example.build()
-    evidence = evidence_of(module, inputs)
+    trained = RULES[code].phase == "trained" or code == "IA601"
+    evidence = evidence_of(module, inputs, phase="auto" if trained else "init")
     found = list(RULES[code].check(evidence))
     if kind == "invalid":
         assert found, "the rule does not see its own example"
@@ -191,44 +192,6 @@ def test_no_init_rule_judges_a_trained_network():
         assert init == []
 
 
-def test_a_tie_that_was_lost():
-    class Tied(nn.Module):
-        def __init__(self, same):
-            super().__init__()
-            self.config = type("Config", (), {"tie_word_embeddings": True})()
-            self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30, bias=False)
-            if same:
-                self.head.weight = self.embed.weight
-
-        def get_input_embeddings(self):
-            return self.embed
-
-        def get_output_embeddings(self):
-            return self.head
-
-        def forward(self, ids):
-            return self.head(self.embed(ids))
-
-    ids = (torch.randint(0, 30, (4, 8)),)
-    rule = RULES["IA503"]
-    assert list(rule.check(evidence_of(Tied(True), ids))) == []
-    (found,) = rule.check(evidence_of(Tied(False), ids))
-    assert found.tensor == "head.weight"
-
-
-def test_an_empty_tensor_is_missing():
-    class Placeholder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.lost = nn.Linear(8, 8), nn.Parameter(torch.empty(0))
-
-        def forward(self, x):
-            return self.layer(x)
-
-    (found,) = RULES["IA502"].check(evidence_of(Placeholder(), (torch.randn(4, 8),)))
-    assert found.tensor == "lost"
-
-
 def test_a_mask_of_infinities_is_no_weight():
     class Masked(nn.Module):
         def __init__(self):
@@ -259,3 +222,33 @@ def test_without_a_probe_it_is_said():
     (found,) = RULES["IA004"].check(evidence)
     assert "--no-probe" in found.message
     assert [f.severity for f in findings_of(evidence)] == ["info"]
+
+
+def test_a_file_without_a_program_is_paired_with_nothing(tmp_path):
+    from safetensors.torch import save_file
+
+    from initaudit.load import load
+
+    save_file({"fc.weight": torch.randn(32, 16), "fc.bias": torch.zeros(32)}, tmp_path / "m.safetensors")
+    evidence = gather(load(str(tmp_path / "m.safetensors")), Config())
+    assert [f.tensor for f in RULES["IA003"].check(evidence)] == ["fc.weight"]
+    assert "no program" in next(RULES["IA004"].check(evidence)).message
+
+
+def test_an_operator_of_a_strange_domain_is_named():
+    from onnx import TensorProto, helper
+
+    from initaudit.load import load_proto
+
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [8, 8], torch.randn(64).tolist())
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], name="first"),
+        helper.make_node("Whirl", ["h"], ["y"], name="strange", domain="com.nobody"),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [4, 8]) for n in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], [weight])
+    imports = [helper.make_opsetid("", 20), helper.make_opsetid("com.nobody", 1)]
+    evidence = gather(load_proto(helper.make_model(graph, opset_imports=imports, ir_version=10)), Config())
+    (found,) = RULES["IA002"].check(evidence)
+    assert "com.nobody.Whirl" in found.message
+    assert found.site == "strange"

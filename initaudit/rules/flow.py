@@ -106,8 +106,14 @@ class _Follow:
             return "passes"  # sums keep what any part has, products are gates, attention averages
         if kind in ("contraction", "recurrent"):
             return "computes"
-        # A pointwise operator with a parameter is a gate, a LayerScale or a position table.
-        return "computes" if kind == "pointwise" and all(a is sources[0] for a in node.all_input_nodes) else "passes"
+        # A pointwise operator with a parameter is a gate, a LayerScale or a position table; a number written into the graph is
+        # part of the activation.
+        others = [a for a in node.all_input_nodes if a is not sources[0]]
+        return "computes" if kind == "pointwise" and all(self._number(a) for a in others) else "passes"
+
+    def _number(self, node: fx.Node) -> bool:
+        constant = self.graph.constants.get(str(node.target)) if node.op == "get_attr" else None
+        return constant is not None and constant.kind == "literal" and math.prod(constant.shape) == 1
 
     def _forward(self) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
         size: dict[str, float] = {}

@@ -161,7 +161,8 @@ def _sum_behind(node: fx.Node | None) -> fx.Node | None:
             return None
         user = next(iter(node.users))
         role = role_of(user)
-        if role.name.lower() in ("add", "add_", "sum") and len(user.all_input_nodes) == 2:
+        name = (role.name or getattr(user.target, "__name__", "")).lower()
+        if name in ("add", "add_", "sum") and len(user.all_input_nodes) == 2:
             if all(a.op != "get_attr" for a in user.all_input_nodes):
                 return user if len(user.users) > 1 else None
         elif role.kind != "passthrough":

@@ -58,8 +58,7 @@ class PinnedOutliers(Rule):
         yield self.finding(
             f"{count} of {layer.moments.count:,} weights {'is' if count == 1 else 'are'} exactly {bound:.4g}, "
             f"{abs(bound) / spread:.0f} standard deviations of the others ({spread:.3g}) from zero; such a weight decides its "
-            "unit alone"
-            + (f"; the same in {names([x.tensor for x, *_ in found[1:]])}" if len(found) > 1 else ""),
+            "unit alone" + (f"; the same in {names([x.tensor for x, *_ in found[1:]])}" if len(found) > 1 else ""),
             f"torch.nn.init.trunc_normal_({parameter(layer.tensor)}.float(), std={spread:.3g}, a={-2 * spread:.3g}, "
             f"b={2 * spread:.3g})"
             "  # drawn in float32, converted after",

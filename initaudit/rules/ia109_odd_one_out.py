@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
@@ -20,19 +20,25 @@ from initaudit.rules.support import (
     parameter,
     path_of,
 )
+from initaudit.rules.structure import last_layers, reading_inputs
 
 # Siblings that make a consensus, the share that may stand apart, and how far (in standard deviation) counts as apart.
-_SIBLINGS = 5
+_SIBLINGS = 4
 _APART = 0.15
 _FACTOR = 1.4
+# Fewer siblings than this have to agree as closely as drawn tensors do.
+_MANY = 5
+# What drawn tensors of one law may differ by beyond sampling: a truncation, a rounding.
+_ROUNDING = 0.05
 
 
 class OddOneOut(Rule):
     """One layer's spread differs from that of all its siblings in the same role.
 
-    What it does: groups weights by operator, shape, activation and path. Where at least five siblings agree within sampling
-    error and one or two stand apart by a factor of 1.4 or more, these are named. In a trained network, where layers differ for
-    good reasons, this is a remark.
+    What it does: groups weights by operator, activation and path. Where at least four siblings agree within sampling error, in
+    their spread or in its ratio to the fans, and at most a seventh of them stand apart by a factor of 1.4 or more, these are
+    named. The first and the last layers have roles of their own and are siblings of none but those of their shape. Trained
+    weights, which differ for good reasons, are not compared.
 
     Why it is bad: an initializer that looks for a type by name or by exact class skipped a layer. It keeps the framework's
     default, and signal and gradient change by that factor there.
@@ -52,34 +58,41 @@ class OddOneOut(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each group of siblings."""
-        groups: dict[tuple[object, ...], list[LayerEvidence]] = {}
-        for layer in evidence.layers:
-            p = layer.pair
-            if p.role in ("contraction", "recurrent") and layer.moments.m2 > 0 and p.trainable and p.stored:
-                key = (p.operator, p.shape, p.axes, p.groups, activation_of(layer), path_of(layer))
-                groups.setdefault(key, []).append(layer)
-        for siblings in groups.values():
-            unique = list({x.tensor: x for x in siblings}.values())
-            if len(unique) > _SIBLINGS and all(is_fresh(evidence, x) for x in unique):
-                yield from self._judge(evidence, unique)
+        layers = {
+            x.tensor: x
+            for x in evidence.layers
+            if x.pair.role in ("contraction", "recurrent") and x.moments.m2 > 0 and x.pair.trainable and x.pair.stored
+        }
+        shapes: dict[tuple[object, ...], list[LayerEvidence]] = {}
+        roles: dict[tuple[object, ...], list[LayerEvidence]] = {}
+        ends = reading_inputs(evidence) | last_layers(evidence)
+        for layer in layers.values():
+            role = _role(layer)
+            shapes.setdefault((*role, layer.pair.shape, layer.pair.groups), []).append(layer)
+            if layer.tensor not in ends and evidence.graph is not None:
+                roles.setdefault(role, []).append(layer)
+        named: set[str] = set()
+        for siblings in (*shapes.values(), *roles.values()):
+            if len(siblings) <= _SIBLINGS or not all(is_fresh(evidence, x) for x in siblings):
+                continue
+            for finding in self._judge(evidence, siblings):
+                if not named & {finding.tensor, *finding.related}:
+                    named |= {finding.tensor, *finding.related}
+                    yield finding
 
     def _judge(self, evidence: Evidence, siblings: list[LayerEvidence]) -> Iterator[Finding]:
-        ordered = sorted(siblings, key=lambda x: x.moments.variance)
-        middle = ordered[len(ordered) // 2]
-        odd = [x for x in siblings if _apart(x, middle)]
-        agree = [x for x in siblings if x not in odd]
-        agreed = max(x.moments.std for x in agree) / min(x.moments.std for x in agree)
-        if not odd or len(odd) > max(1, _APART * len(siblings)) or len(agree) < _SIBLINGS or agreed > _FACTOR:
+        found = _odd(siblings)
+        if found is None:
             return
+        odd, agree, middle, law = found
         first = odd[0]
-        usual = middle.moments.std
+        usual = middle.moments.std * math.sqrt(law(middle) / law(first))
         quiet = normalised(first) or not initial(evidence)
         yield self.finding(
             f"standard deviation {first.moments.std:.3g}, {first.moments.std / usual:.2g} of the {usual:.3g} of its "
-            f"{len(agree)} siblings of "
-            f"the same shape before the same {activation_of(first)}, "
-            f"{abs(first.moments.variance / middle.moments.variance - 1) / (error_of(middle) * math.sqrt(2)):.0f} standard "
-            "errors apart: "
+            f"{len(agree)} siblings before the same {activation_of(first)}, "
+            f"{abs(first.moments.variance / usual**2 - 1) / math.hypot(error_of(middle), error_of(first)):.0f} standard errors "
+            "apart: "
             "it was probably left out by the initializer, and changes signal and gradient by that factor",
             f"torch.nn.init.normal_({parameter(first.tensor)}, std={usual:.4g})  # as its siblings",
             severity="info" if quiet else "warning",
@@ -97,15 +110,61 @@ class OddOneOut(Rule):
     @classmethod
     def invalid(cls) -> tuple[Example, ...]:
         """One that was left out."""
-        return (example("one default among He", lambda: mlp(64, *[64] * 8, 5, change=_forget)),)
+        return (
+            example("one default among He", lambda: mlp(64, *[64] * 8, 5, change=_forget)),
+            example("one default among layers of other widths", lambda: mlp(64, 256, 192, 128, 96, 64, 48, 5, change=_forget)),
+        )
 
 
-def _apart(layer: LayerEvidence, middle: LayerEvidence) -> bool:
-    factor = layer.moments.std / middle.moments.std
-    if 1 / _FACTOR < factor < _FACTOR:
-        return False
+_Law = Callable[[LayerEvidence], float]
+# What a variance may be inversely proportional to: nothing, and the fans as counted from the axes or from the shape.
+_LAWS: tuple[_Law, ...] = (
+    lambda x: 1.0,
+    lambda x: float(x.pair.fan_in),
+    lambda x: float(x.pair.fan_out),
+    lambda x: float(x.pair.fan_in + x.pair.fan_out),
+    lambda x: x.moments.count / x.pair.shape[0],
+    lambda x: x.moments.count / x.pair.shape[1] if len(x.pair.shape) > 1 else 1.0,
+)
+
+
+def _role(layer: LayerEvidence) -> tuple[object, ...]:
+    pair = layer.pair
+    return (pair.operator, pair.axes, pair.groups > 1, activation_of(layer), path_of(layer))
+
+
+def _odd(siblings: list[LayerEvidence]) -> tuple[list[LayerEvidence], list[LayerEvidence], LayerEvidence, _Law] | None:
+    """(those apart, those that agree, the one in the middle, the law by which they agree); None where there is no such law.
+
+    Under the first law that most follow; whoever is apart has to be so under every such law.
+    """
+    first: tuple[list[LayerEvidence], list[LayerEvidence], LayerEvidence, _Law] | None = None
+    one_shape = len({x.pair.shape for x in siblings}) == 1
+    for law in _LAWS[:1] if one_shape else _LAWS:
+        ordered = sorted(siblings, key=lambda x: x.moments.variance * law(x))
+        middle = ordered[len(ordered) // 2]
+        odd = [x for x in siblings if _distance(x, middle, law) > _FACTOR]
+        agree = [x for x in siblings if x not in odd]
+        if len(odd) > max(1, _APART * len(siblings)) or len(agree) < _SIBLINGS:
+            continue
+        close = all(_distance(x, middle, law, slack=True) == 1 for x in agree)
+        loose = one_shape and len(agree) >= _MANY and max(_distance(x, middle, law) for x in agree) <= math.sqrt(_FACTOR)
+        if not (close or loose):
+            continue
+        if not odd:
+            return None  # all of them follow this law
+        if first is None:
+            first = odd, agree, middle, law
+        elif {x.tensor for x in odd} != {x.tensor for x in first[0]}:
+            return None
+    return first
+
+
+def _distance(layer: LayerEvidence, middle: LayerEvidence, law: _Law, *, slack: bool = False) -> float:
+    """The factor between two standard deviations, at least 1; exactly 1 where sampling (and rounding) may have made it."""
+    apart = abs(math.log(layer.moments.variance * law(layer) / (middle.moments.variance * law(middle))))
     error = math.hypot(error_of(layer), error_of(middle))
-    return abs(math.log(factor * factor)) > SIGMAS * error
+    return 1.0 if apart <= SIGMAS * error + (_ROUNDING if slack else 0.0) else math.exp(apart / 2)
 
 
 def _forget(model: Any) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
-from initaudit.rules.rule import Finding, Rule
+from initaudit.rules.examples import example, linear, trained
+from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import names
 
 # Trained layers that make a checkpoint a trained one, and the share that may be fresh before the checkpoint is a new model.
@@ -59,6 +60,16 @@ class UntrainedLayer(Rule):
             location=first.pair.location,
             related=tuple(x.tensor for x in fresh[1:]),
         )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """All layers trained."""
+        return (example("trained", trained),)
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """One layer as it was made."""
+        return (example("one layer made again", lambda: trained(lambda m: linear(m)[2].reset_parameters())),)
 
 
 def _is_draw(layer: LayerEvidence) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from initaudit.rules.evidence import Evidence
-from initaudit.rules.rule import Finding, Rule
+from initaudit.rules.examples import example, mlp
+from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import names
 
 
@@ -57,3 +59,19 @@ class MissingTensor(Rule):
                 measured=0.0,
                 related=tuple(empty[1:]),
             )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """All there."""
+        return (example("complete", lambda: mlp(16, 32, 5)),)
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """A placeholder of no elements."""
+        return (example("a placeholder", lambda: mlp(16, 32, 5, change=_empty)),)
+
+
+def _empty(model: Any) -> None:
+    import torch
+
+    model.register_parameter("gathered", torch.nn.Parameter(torch.empty(0)))

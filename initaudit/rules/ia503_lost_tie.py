@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from initaudit.rules.evidence import Evidence
-from initaudit.rules.rule import Finding, Rule
+from initaudit.rules.examples import example
+from initaudit.rules.rule import Example, Finding, Rule
 
 
 class LostTie(Rule):
@@ -48,6 +49,16 @@ class LostTie(Rule):
                 expected=0.0,
             )
 
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """One parameter."""
+        return (example("tied", lambda: _model(tied=True)),)
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """Two, and a configuration that says one."""
+        return (example("a head of its own", lambda: _model(tied=False)),)
+
 
 def _untied(module: Any) -> tuple[str, float] | None:
     """(name of the output weight, relative difference) of a module that says it ties its embeddings and does not."""
@@ -68,3 +79,31 @@ def _untied(module: Any) -> tuple[str, float] | None:
     difference = float((a - b).norm() / max(float(a.norm()), 1e-30))
     name = next((n for n, p in module.named_parameters() if p is second), "output embedding")
     return (name, difference) if difference > 0 else None
+
+
+def _model(*, tied: bool) -> Any:
+    import torch
+    from torch import nn
+
+    class Config:
+        tie_word_embeddings = True
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = Config()
+            self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30, bias=False)
+            nn.init.normal_(self.embed.weight, 0, 0.1)
+            if tied:
+                self.head.weight = self.embed.weight
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.embed
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.head
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            return self.head(self.embed(ids))
+
+    return Model(), (torch.randint(0, 30, (4, 8)),)

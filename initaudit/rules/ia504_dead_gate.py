@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from initaudit.rules.evidence import Evidence
+from initaudit.rules.examples import example, trained
 from initaudit.rules.gates import factors
-from initaudit.rules.rule import Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import names
 
 
@@ -47,3 +49,31 @@ class DeadGate(Rule):
                 measured=0.0,
                 related=tuple(dict.fromkeys(gates[1:])),
             )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """A gate that has opened."""
+        return (example("an open gate", lambda: _gated(0.3)),)
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """A gate that never did."""
+        return (example("a gate of zero", lambda: _gated(0.0)),)
+
+
+def _gated(value: float) -> Any:
+    import torch
+    from torch import nn
+
+    body, inputs = trained()
+    branch, _ = trained()
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.branch, self.gate = body, branch, nn.Parameter(torch.full((5,), value))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.body(x) + self.gate * self.branch(x)
+
+    return Gated(), inputs

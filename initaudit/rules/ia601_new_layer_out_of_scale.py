@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
-from initaudit.rules.rule import Finding, Rule
+from initaudit.rules.examples import example, linear, trained
+from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import SIGMAS, error_of, fields, parameter, to_output
 
 # A linear head of LeCun's variance gives logits of the features' own size. Ten times that in power starts the loss at several
@@ -60,3 +61,16 @@ class NewLayerOutOfScale(Rule):
                     expected=meant,
                     **fields(layer),
                 )
+
+    @classmethod
+    def valid(cls) -> tuple[Example, ...]:
+        """A trained head, and a new one of a hundredth."""
+        return (
+            example("trained", trained),
+            example("a small new head", lambda: trained(lambda m: linear(m)[-1].weight.normal_(0, 0.02))),
+        )
+
+    @classmethod
+    def invalid(cls) -> tuple[Example, ...]:
+        """A new head of N(0, 1)."""
+        return (example("a new head of N(0, 1)", lambda: trained(lambda m: linear(m)[-1].weight.normal_())),)
