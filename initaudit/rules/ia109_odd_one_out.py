@@ -9,6 +9,7 @@ from typing import Any
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.structure import last_layers, reading_inputs
 from initaudit.rules.support import (
     SIGMAS,
     activation_of,
@@ -20,7 +21,6 @@ from initaudit.rules.support import (
     parameter,
     path_of,
 )
-from initaudit.rules.structure import last_layers, reading_inputs
 
 # Siblings that make a consensus, the share that may stand apart, and how far (in standard deviation) counts as apart.
 _SIBLINGS = 4

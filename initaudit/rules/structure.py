@@ -1,4 +1,4 @@
-"""How layers follow each other in the graph: which read the model's input, and which read another one's output directly."""
+"""How layers follow each other in the graph: the first, the last, and which reads another one's output directly."""
 
 from __future__ import annotations
 
@@ -26,6 +26,22 @@ def reading_inputs(evidence: Evidence) -> frozenset[str]:
         elif node.name in at:
             found.add(at[node.name])
             behind.add(node)
+    return frozenset(found)
+
+
+def last_layers(evidence: Evidence) -> frozenset[str]:
+    """The tensors of layers with no other layer behind them, whatever activation or norm stands before the output."""
+    if evidence.graph is None:
+        return frozenset()
+    at = {p.node: layer.tensor for layer in evidence.layers for p in layer.pairs}
+    before: set[fx.Node] = set()
+    found = set()
+    for node in reversed(evidence.graph.fx.nodes):
+        if any(u in before for u in node.users):
+            before.add(node)
+        elif node.name in at:
+            found.add(at[node.name])
+            before.add(node)
     return frozenset(found)
 
 
