@@ -205,9 +205,7 @@ def quiet() -> Iterator[None]:
 
 def _dynamo(module: nn.Module, inputs: Inputs, optimize: bool, dynamic: bool) -> onnx.ModelProto:
     shapes = tuple({0: torch.export.Dim("batch", min=2)} for _ in inputs) if dynamic else None
-    exported = torch.onnx.export(
-        module.eval(), inputs, dynamo=True, optimize=optimize, verbose=False, dynamic_shapes=shapes
-    )
+    exported = torch.onnx.export(module.eval(), inputs, dynamo=True, optimize=optimize, verbose=False, dynamic_shapes=shapes)
     return exported.model_proto
 
 
@@ -217,9 +215,7 @@ def _legacy(module: nn.Module, inputs: Inputs, training: bool, dynamic: bool) ->
     names = [f"input_{i}" for i in range(len(inputs))]
     axes = {name: {0: "batch"} for name in names} if dynamic else None
     options = {"do_constant_folding": not training, "training": mode, "opset_version": 17}
-    torch.onnx.export(
-        module.train(training), inputs, file, dynamo=False, input_names=names, dynamic_axes=axes, **options
-    )
+    torch.onnx.export(module.train(training), inputs, file, dynamo=False, input_names=names, dynamic_axes=axes, **options)
     return onnx.load_from_string(file.getvalue())
 
 
@@ -257,4 +253,6 @@ def without_noise(module: nn.Module) -> nn.Module:
     for m in module.modules():
         if isinstance(m, nn.Dropout):
             m.p = 0.0
+        elif isinstance(m, nn.MultiheadAttention):
+            m.dropout = 0.0
     return module

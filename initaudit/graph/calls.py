@@ -15,6 +15,7 @@ from torch import fx
 from initaudit.graph.aten import aten_role
 from initaudit.graph.graph import shape_of
 from initaudit.graph.onnx_bodies import ControlCall, SchemaCall
+from initaudit.graph.steps import ROLES as STEPS
 from initaudit.graph.unknown import Unknown
 from initaudit.onnx_ops import registry
 from initaudit.roles import Operand, Role, WeightUse
@@ -42,11 +43,7 @@ def _role(target: Any) -> Role:
         return _OPAQUE
     if isinstance(target, ControlCall):
         return target.operator.role
-    if getattr(target, "__name__", "") == "_getitem":
-        return Role("passthrough", "getitem", ("values",))
-    if callable(target):
-        return registry.role_of(target)
-    return _OPAQUE
+    return STEPS[target] if target in STEPS else registry.role_of(target)
 
 
 def role_of(node: fx.Node) -> Role:

@@ -60,9 +60,14 @@ class MetaExecutor(Executor):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         note_shape(n, result)
-        if isinstance(result, torch.Tensor) and result.device.type == "cpu" and not result.is_floating_point():
+        if isinstance(result, torch.Tensor) and result.device.type == "cpu" and _on_host(result):
             self.host[n] = result
         return result
+
+
+def _on_host(value: torch.Tensor) -> bool:
+    """Integers, and single numbers such as the root of a size that a score is divided by."""
+    return not value.is_floating_point() or value.numel() == 1
 
 
 def note_shape(node: fx.Node, value: Any) -> None:

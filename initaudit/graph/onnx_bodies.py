@@ -1,23 +1,29 @@
 """Calls that are more than one operator: If, Loop and Scan with their bodies, and operators that only the standard defines.
 
-A body's initializers and the outer values that it reads become arguments of the call, so that gradients reach them.
+What a body makes of constants alone is made outside of it, before the call, and handed in with the other outer values that it
+reads: gradients reach a weight wherever it is written, and a weight is found wherever it is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
+from onnx import helper
 
+from initaudit.load.checkpoint import Array
 from initaudit.onnx_ops.registry import Operator
 from initaudit.onnx_ops.run import Scope, body_of, call_node, output_count
 
 
 @dataclass(frozen=True, eq=False)
 class ControlCall:
-    """The target of a call to If, Loop or Scan: its own inputs first, then the values that its bodies read."""
+    """The target of a call to If, Loop or Scan: its own inputs first, then the values that its bodies read, under `names`.
+
+    `arrays` reads the constants of the functions that a body calls.
+    """
 
     operator: Operator
     node: onnx.NodeProto
@@ -26,6 +32,7 @@ class ControlCall:
     names: tuple[str, ...]
     keywords: Mapping[str, Any]
     bodies: Mapping[str, onnx.GraphProto]
+    arrays: Mapping[str, Array]
 
     @property
     def __name__(self) -> str:
@@ -60,31 +67,82 @@ class SchemaCall:
         return results[0] if output_count(self.node) == 1 else results
 
 
-def lifted(bodies: Mapping[str, onnx.GraphProto]) -> tuple[dict[str, onnx.GraphProto], list[onnx.TensorProto]]:
-    """Copies of `bodies` without their initializers, and these; a name that two bodies give to two tensors stays inside."""
-    counts: dict[str, int] = {}
-    for graph in (g for body in bodies.values() for g in _graphs(body)):
-        for tensor in graph.initializer:
-            counts[tensor.name] = counts.get(tensor.name, 0) + 1
-    bare, tensors = {}, []
-    for key, body in bodies.items():
+class Hoister:
+    """Copies a body without what it makes of constants alone; that is handed to `leaf` and `emit`, which make it outside.
+
+    `leaf(name, where)` makes a constant that the body holds and returns its outer name, `emit(node)` makes an operator's
+    outputs under the names in the node, `fixed(name)` says whether an outer value is constant. `attributes` are those of the
+    function around the body.
+    """
+
+    def __init__(
+        self,
+        leaf: Callable[[str, str], str],
+        emit: Callable[[onnx.NodeProto], None],
+        fixed: Callable[[str], bool],
+        movable: Callable[[onnx.NodeProto], bool],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        self.leaf, self.emit, self.fixed, self.movable, self.attributes = leaf, emit, fixed, movable, attributes
+
+    def body(self, graph: onnx.GraphProto, where: str, outer: Mapping[str, str]) -> onnx.GraphProto:
+        """The copy; `where` is the loader's name for the place, `outer` the new names of values of the bodies around it."""
+        names = {k: v for k, v in outer.items() if k not in {i.name for i in graph.input}}
         copy = onnx.GraphProto()
-        copy.CopyFrom(body)
-        for graph in _graphs(copy):
-            tensors += [t for t in graph.initializer if counts[t.name] == 1]
-            kept = [t for t in graph.initializer if counts[t.name] > 1]
-            del graph.initializer[:]
-            graph.initializer.extend(kept)
-        bare[key] = copy
-    return bare, tensors
+        copy.CopyFrom(graph)
+        formal = {i.name for i in graph.input}
+        for tensor in [*graph.initializer, *(s.values for s in graph.sparse_initializer)]:
+            if tensor.name not in formal:
+                names[tensor.name] = self.leaf(tensor.name, where)
+        kept = [t for t in copy.initializer if t.name in formal]
+        del copy.initializer[:], copy.sparse_initializer[:], copy.node[:]
+        copy.initializer.extend(kept)
+        for index, node in enumerate(graph.node):
+            self._node(node, index, where, names, copy)
+        for output in copy.output:
+            output.name = names.get(output.name, output.name)
+        return copy
 
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
+    def _node(self, node: onnx.NodeProto, index: int, where: str, names: dict[str, str], copy: onnx.GraphProto) -> None:
+        """One node, moved outside or kept with its arguments renamed."""
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and not any(a.ref_attr_name for a in node.attribute):
+            names[node.output[0]] = self.leaf(node.output[0], where)
+            return
+        made = resolved(node, self.attributes)
+        for place, name in enumerate(node.input):
+            made.input[place] = names.get(name, name)
+        label = node.name or f"{node.op_type}_{index}"
+        if node.input and self.movable(node) and all(not n or self.fixed(n) for n in made.input):
+            for place, name in enumerate(node.output):
+                names[name] = made.output[place] = f"{where}/{name}" if name else ""
+            made.name = f"{where}/{label}"
+            self.emit(made)
+            return
+        for attribute in made.attribute:
             if attribute.HasField("g"):
-                yield from _graphs(attribute.g)
+                inner = self.body(attribute.g, f"{where}/{label}.{attribute.name}", names)
+                attribute.g.CopyFrom(inner)
+        for name in node.output:
+            names.pop(name, None)
+        copy.node.append(made)
+
+
+def resolved(node: onnx.NodeProto, attributes: Mapping[str, Any]) -> onnx.NodeProto:
+    """The node with the attributes of the function around it put in; those that the caller left out are left out."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    del copy.attribute[:]
+    for attribute in node.attribute:
+        if not attribute.ref_attr_name:
+            copy.attribute.append(attribute)
+        elif attribute.ref_attr_name in attributes:
+            copy.attribute.append(helper.make_attribute(attribute.name, attributes[attribute.ref_attr_name]))
+    return copy
+
+
+def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs that a node carries."""
+    return (a.g for a in node.attribute if a.HasField("g"))
 
 
 def outer_names(bodies: Sequence[onnx.GraphProto]) -> list[str]:
@@ -93,8 +151,7 @@ def outer_names(bodies: Sequence[onnx.GraphProto]) -> list[str]:
     for body in bodies:
         made = {i.name for i in body.input} | {t.name for t in body.initializer} | {""}
         for node in body.node:
-            inner = [a.g for a in node.attribute if a.HasField("g")]
-            for name in [*node.input, *outer_names(inner)]:
+            for name in [*node.input, *outer_names(list(bodies_of(node)))]:
                 if name not in made:
                     found[name] = None
             made.update(node.output)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from initaudit.graph.calls import Use, arguments, role_of, weight_uses
+from initaudit.graph.calls import Use, arguments, role_of, signal_inputs, weight_uses
 from initaudit.graph.constness import constant_nodes
 from initaudit.graph.graph import Constant, Graph, location_of
+from initaudit.graph.onnx_bodies import ControlCall
+from initaudit.graph.onnx_inline import Inlined, has_bodies, inlined
 from initaudit.location import Location
 from initaudit.pair.activation import CATALOGUE, Activation
 from initaudit.pair.evaluate import ConstantReader
@@ -24,7 +27,32 @@ _OPERATORS = {"gemm": "linear", "matmul": "linear", "rnn_tanh": "rnn", "rnn_relu
 
 def pair(graph: Graph, constant: Set[fx.Node] | None = None) -> tuple[Pair, ...]:
     """Every weight of `graph` at every place of use, in forward order, with the activations downstream."""
-    constant = constant_nodes(graph.fx) if constant is None else constant
+    if has_bodies(graph):
+        return _through_bodies(inlined(graph))
+    return _pairs(graph, constant_nodes(graph.fx) if constant is None else constant)
+
+
+def _through_bodies(written: Inlined) -> tuple[Pair, ...]:
+    """The pairs of a graph whose bodies were written out, in the nodes of the original; second trips say nothing new."""
+    found = []
+    nodes = {n.name: n for n in written.graph.fx.nodes}
+    for p in _pairs(written.graph, constant_nodes(written.graph.fx)):
+        if p.node in written.repeated:
+            continue
+        # A slice that a body takes of a constant exists in the body alone: outside it stands the whole.
+        value = next((n for n in reversed(_ancestors(nodes[p.value])) if _stands(n, written)), None)
+        if value is not None:
+            whole = written.origin[value.name].name
+            found.append(replace(p, node=written.origin[p.node].name, value=whole, stored=p.stored and value.name == p.value))
+    return tuple(found)
+
+
+def _stands(node: fx.Node, written: Inlined) -> bool:
+    origin = written.origin.get(node.name)
+    return origin is not None and not isinstance(origin.target, ControlCall)
+
+
+def _pairs(graph: Graph, constant: Set[fx.Node]) -> tuple[Pair, ...]:
     reader = ConstantReader(graph)
     walker = Walker(graph, constant, reader)
     found = []
@@ -40,17 +68,19 @@ def pair(graph: Graph, constant: Set[fx.Node] | None = None) -> tuple[Pair, ...]
 
 def _pair(graph: Graph, use: Use, constant: Set[fx.Node], walker: Walker) -> Pair | None:
     chain = _ancestors(use.weight)
-    stored = [graph.constants[str(n.target)] for n in chain if n.op == "get_attr"]
-    weights = [c for c in stored if c.dtype.is_floating_point or c.kind == "parameter"] or stored
-    generated = [n for n in chain if n.op == "call_function" and role_of(n).kind == "generator"]
+    carriers = _carriers(use.weight)
+    stored = [graph.constants[str(n.target)] for n in carriers if n.op == "get_attr"]
+    generated = [n for n in carriers if n.op == "call_function" and role_of(n).kind == "generator"]
     shape: tuple[int, ...] | None = use.weight.meta.get("shape")
-    if shape is None or not (weights or generated):
+    if shape is None or not (stored or generated):
         return None
-    main = max(weights, key=lambda c: torch.Size(c.shape).numel(), default=None)
+    # Masks may be as large as the weight, scales of integers are smaller.
+    main = max(stored, key=lambda c: (torch.Size(c.shape).numel(), c.dtype.is_floating_point), default=None)
+    weights = [c for c in stored if c.dtype.is_floating_point or c.kind == "parameter" or c is main]
     fan_in, fan_out = use.use.fans(shape)
     shape, axes, mapped = _stored_axes(graph, use, chain, main)
     location = location_of(use.node)
-    name = _name(main, use, location)
+    name = _name(main, use, location) if main is not None else location_of(generated[-1]).site or use.weight.name
     return Pair(
         tensor=name,
         site=location.site or use.node.name,
@@ -87,15 +117,24 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
     return sorted(seen)
 
 
+def _carriers(node: fx.Node) -> list[fx.Node]:
+    """`node` and what its numbers come from, in graph order: not the shapes, axes and indices that only steer."""
+    seen, stack = set[fx.Node](), [node]
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            stack.extend(signal_inputs(current) if role_of(current).kind not in ("generator", "shape") else ())
+    return sorted(seen)
+
+
 def _label(node: fx.Node) -> str:
     role = role_of(node)
     return getattr(node.target, "__name__", "").split(".")[0] or role.name or role.kind
 
 
-def _name(main: Constant | None, use: Use, location: Location) -> str:
+def _name(main: Constant, use: Use, location: Location) -> str:
     """Of the names of a tied parameter, the one that belongs to the module that uses it here."""
-    if main is None:
-        return use.weight.name
     for name in (main.name, *main.tied):
         if location.site and name.rpartition(".")[0] == location.site:
             return name
@@ -113,8 +152,8 @@ def _stored_axes(
     calls = [n for n in chain if n.op == "call_function"]
     if main is None or not calls:
         return shape, axes, main is not None
-    if any(role_of(n).kind != "passthrough" for n in calls):
-        return shape, axes, False
+    if any(role_of(n).kind != "passthrough" for n in calls) or not main.dtype.is_floating_point:
+        return shape, axes, False  # computed with, or stored as the integers of a quantised weight
     stored = torch.empty(main.shape, device="meta")
     try:
         view = _on_meta(graph, chain, main, stored)

@@ -1,0 +1,455 @@
+"""Weights of ONNX files by every way on which they reach their place of use.
+
+Judges: onnxruntime for values; the tensor, axes and fans that each file was written with for pairs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from initaudit.errors import UnreadableModel
+from initaudit.graph.execute import Executor, specialise
+from initaudit.graph.from_onnx import from_onnx
+from initaudit.graph.graph import Graph
+from initaudit.load import load_proto
+from initaudit.pair.pair import pair
+
+FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
+IN, OUT = 6, 10  # units in, units out
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal(shape) * 0.4).astype(np.float32)
+
+
+def tensor(name: str, value: object) -> TensorProto:
+    return numpy_helper.from_array(np.asarray(value), name)
+
+
+def node(op: str, inputs: str, outputs: str, **attributes: object) -> onnx.NodeProto:
+    return helper.make_node(op, inputs.split(), outputs.split(), name=outputs.split()[0], **attributes)
+
+
+def value(name: str, shape: tuple[object, ...] | None = None, kind: int = FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def model(nodes, tensors=(), inputs=None, functions=(), opset=21, output="y") -> onnx.ModelProto:
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid("own", 1) for _ in functions[:1])]
+    graph = helper.make_graph(list(nodes), "g", inputs or [value("x", (3, IN))], [value(output)], list(tensors))
+    return helper.make_model(graph, opset_imports=opsets, functions=list(functions), ir_version=10)
+
+
+def run(made: onnx.ModelProto, *inputs: np.ndarray) -> Graph:
+    """The graph, after its outputs were held against those of onnxruntime."""
+    inputs = inputs or (normal(3, IN, seed=7),)
+    checkpoint = load_proto(made)
+    given = tuple(torch.from_numpy(x) for x in inputs)
+    graph = specialise(from_onnx(checkpoint.program, checkpoint.arrays), given)
+    assert graph.notes == ()
+    names = [i.name for i in graph.inputs]
+    options = onnxruntime.SessionOptions()  # optimized, it multiplies quantised weights as integers
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, dict(zip(names, inputs, strict=True)))
+    with torch.no_grad():
+        (result,) = Executor(graph).run(*given)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-4, atol=1e-6)
+    return graph
+
+
+W = normal(IN, OUT)
+PRODUCT = [node("MatMul", "x v", "h"), node("Relu", "h", "y")]
+F16 = W.astype(np.float16)
+QUANTISED = np.round(W / 0.01).astype(np.int8)
+
+# nodes that make "v" [IN, OUT] of the file's tensors, the tensors, what is reported: stored shape, axes, stored or computed
+CHAINS = {
+    "direct": ([], [tensor("v", W)], "v", (IN, OUT), "io", True),
+    "identity": ([node("Identity", "w", "v")], [tensor("w", W)], "w", (IN, OUT), "io", True),
+    "transpose": ([node("Transpose", "w", "v", perm=[1, 0])], [tensor("w", W.T.copy())], "w", (OUT, IN), "oi", True),
+    "twice": (
+        [node("Transpose", "w", "t", perm=[1, 0]), node("Identity", "t", "i"), node("Transpose", "i", "v")],
+        [tensor("w", W)],
+        "w",
+        (IN, OUT),
+        "io",
+        True,
+    ),
+    "cast": ([node("Cast", "w", "v", to=FLOAT)], [tensor("w", F16)], "w", (IN, OUT), "io", True),
+    "reshape": (
+        [node("Reshape", "w s", "v")],
+        [tensor("w", W.reshape(-1)), tensor("s", [IN, OUT])],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "squeeze": ([node("Squeeze", "w a", "v")], [tensor("w", W[None]), tensor("a", [0])], "w", (IN, OUT), "io", False),
+    "flatten": ([node("Flatten", "w", "v", axis=1)], [tensor("w", W[..., None])], "w", (IN, OUT), "io", False),
+    "dequantised": (
+        [node("DequantizeLinear", "w s", "v")],
+        [tensor("w", QUANTISED), tensor("s", np.float32(0.01))],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "slice": (
+        [node("Slice", "w b e a", "v")],
+        [tensor("w", normal(IN, 3 * OUT)), tensor("b", [OUT]), tensor("e", [2 * OUT]), tensor("a", [1])],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "split": (
+        [node("Split", "w", "p v q", axis=1, num_outputs=3)],
+        [tensor("w", normal(IN, 3 * OUT))],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "gather": (
+        [node("Gather", "w k", "v", axis=0)],
+        [tensor("w", normal(3, IN, OUT)), tensor("k", np.int64(1))],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "concat": (
+        [node("Concat", "w u", "v", axis=1)],
+        [tensor("w", normal(IN, 7)), tensor("u", normal(IN, 3))],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "weight_norm": (
+        [node("ReduceL2", "w a", "n", keepdims=1), node("Div", "w n", "d"), node("Mul", "d g", "v")],
+        [tensor("w", W), tensor("a", [0]), tensor("g", normal(1, OUT))],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "scaled": ([node("Mul", "w c", "v")], [tensor("w", W), tensor("c", np.float32(0.1))], "w", (IN, OUT), "io", False),
+    "lora": (
+        [node("MatMul", "a b", "d"), node("Add", "w d", "v")],
+        [tensor("w", W), tensor("a", normal(IN, 2)), tensor("b", normal(2, OUT))],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "expand": ([node("Expand", "w s", "v")], [tensor("w", normal(IN, 1)), tensor("s", [IN, OUT])], "w", (IN, OUT), "io", False),
+    "tile": ([node("Tile", "w s", "v")], [tensor("w", normal(IN, OUT // 2)), tensor("s", [1, 2])], "w", (IN, OUT), "io", False),
+    "pad": (
+        [node("Pad", "w s", "v")],
+        [tensor("w", normal(IN, OUT - 2)), tensor("s", [0, 0, 0, 2])],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "where": (
+        [node("Where", "m w z", "v")],
+        [tensor("w", W), tensor("m", normal(IN, OUT) > 0), tensor("z", np.float32(0))],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "constant_node": ([node("Constant", "", "v", value=tensor("any", W))], [], "v", (IN, OUT), "io", True),
+    "constant_floats": (
+        [node("Constant", "", "w", value_floats=W.reshape(-1).tolist()), node("Reshape", "w s", "v")],
+        [tensor("s", [IN, OUT])],
+        "w",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "constant_of_shape": (
+        [
+            node("Constant", "", "s", value_ints=[IN, OUT]),
+            node("ConstantOfShape", "s", "v", value=tensor("c", np.float32([0.5]))),
+        ],
+        [],
+        "v",
+        (IN, OUT),
+        "io",
+        False,
+    ),
+    "constant_sparse": (
+        [
+            node(
+                "Constant",
+                "",
+                "v",
+                sparse_value=helper.make_sparse_tensor(
+                    tensor("k", np.float32([1, 2])), tensor("k.i", np.int64([3, 17])), [IN, OUT]
+                ),
+            )
+        ],
+        [],
+        "v",
+        (IN, OUT),
+        "io",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_weight_behind_a_chain(name):
+    nodes, tensors, main, shape, axes, stored = CHAINS[name]
+    made = model([*nodes, *PRODUCT], tensors)
+    (p,) = pair(run(made))
+    assert (p.tensor, p.operator, p.role, p.fan_in, p.fan_out, p.groups) == (main, "linear", "contraction", IN, OUT, 1)
+    assert (p.shape, "".join(p.axes), p.stored) == (shape, axes, stored)
+    assert [(f.activation.name, f.path) for f in p.feeds] == [("relu", ())]
+    operators = [n.op_type for n in nodes if n.op_type not in ("Constant",) and "s" not in n.output]
+    assert [label for label in p.provenance if label != "getitem"] == operators
+    if not stored:
+        parts = [t.name for t in tensors if t.data_type == FLOAT and name != "dequantised"]
+        assert sorted(p.constants) == sorted(parts) or name in ("dequantised", "constant_floats", "constant_of_shape")
+
+
+def test_packed_projections_share_their_tensor():
+    """One packed matrix for queries, keys and values: three places of use of slices of one tensor."""
+    parts = [node("Split", "w", "a b c", axis=1, num_outputs=3)]
+    products = [node("MatMul", f"x {n}", f"h{n}") for n in "abc"]
+    tail = [node("Add", "ha hb", "s"), node("Mul", "s hc", "y")]
+    pairs = pair(run(model([*parts, *products, *tail], [tensor("w", normal(IN, 3 * OUT))])))
+    assert [(p.tensor, p.fan_in, p.fan_out, p.shape) for p in pairs] == [("w", IN, OUT, (IN, OUT))] * 3
+    assert len({p.value for p in pairs}) == 3
+
+
+def test_an_input_with_an_initialiser_of_its_name_is_a_weight():
+    """As files before IR version 4 have it."""
+    made = model(PRODUCT, [tensor("v", W)], [value("x", (3, IN)), value("v", (IN, OUT))])
+    checkpoint = load_proto(made)
+    graph = from_onnx(checkpoint.program, checkpoint.arrays)
+    assert [i.name for i in graph.inputs] == ["x"]
+    (p,) = pair(specialise(graph, (torch.ones(3, IN),)))
+    assert p.tensor == "v"
+
+
+def test_a_kernel_that_is_an_input_is_no_weight():
+    made = model([node("MatMul", "x v", "y")], [], [value("x", (3, IN)), value("v", (IN, OUT))])
+    assert pair(run(made, normal(3, IN), W)) == ()
+
+
+def test_arguments_and_constants_of_local_functions():
+    """A function called twice: what it is handed keeps its name, what it holds has the loader's."""
+    held = node("Constant", "", "k", value=tensor("any", normal(OUT, OUT)))
+    body = [held, node("MatMul", "a b", "p"), node("Relu", "p", "q"), node("MatMul", "q k", "c")]
+    opsets = [helper.make_opsetid("", 21)]
+    function = helper.make_function("own", "layer", ["a", "b"], ["c"], body, opsets)
+    calls = [helper.make_node("layer", ["x", "w1"], ["h"], "first", domain="own"),
+             helper.make_node("layer", ["h", "w2"], ["y"], "second", domain="own")]  # fmt: skip
+    made = model(calls, [tensor("w1", W), tensor("w2", normal(OUT, OUT, seed=2))], functions=[function])
+    pairs = pair(run(made))
+    assert [p.tensor for p in pairs] == ["w1", "own::layer/k", "w2", "own::layer/k"]
+    assert all(p.tensor in load_proto(made).arrays for p in pairs)
+    assert [p.site for p in pairs] == ["first/p", "first/c", "second/p", "second/c"]
+    assert [p.feeds[0].activation.name for p in pairs] == ["relu", "linear", "relu", "linear"]
+
+
+def test_a_function_passes_its_attributes_into_the_bodies_of_its_control_flow():
+    """An attribute that refers to the function's own, inside a branch."""
+    leaky = helper.make_node("LeakyRelu", ["a"], ["t"])
+    leaky.attribute.append(onnx.AttributeProto(name="alpha", ref_attr_name="slope", type=onnx.AttributeProto.FLOAT))
+    then = helper.make_graph([leaky], "then", [], [value("t")])
+    other = helper.make_graph([node("Identity", "a", "e")], "else", [], [value("e")])
+    branch = helper.make_node("If", ["c"], ["r"], "branch", then_branch=then, else_branch=other)
+    made = helper.make_function("own", "act", ["a", "c"], ["r"], [branch], [helper.make_opsetid("", 21)], ["slope"])
+    call = helper.make_node("act", ["h", "c"], ["y"], "call", domain="own", slope=0.3)
+    whole = model([node("MatMul", "x v", "h"), call], [tensor("v", W)],
+                  [value("x", (3, IN)), value("c", (), BOOL)], functions=[made])  # fmt: skip
+    (p,) = pair(run(whole, normal(3, IN), np.array(True)))
+    assert {(f.activation.name, f.activation.parameters.get("negative_slope")) for f in p.feeds} == {
+        ("leaky_relu", 0.3), ("linear", None),
+    }  # fmt: skip
+
+
+def branches(names=("w", "w")) -> tuple[onnx.GraphProto, onnx.GraphProto]:
+    """A linear layer with ReLU, and one with tanh; both hold a weight, perhaps of the same name."""
+    made = []
+    for name, act, seed in ((names[0], "Relu", 1), (names[1], "Tanh", 2)):
+        nodes = [
+            node("Transpose", name, "t", perm=[1, 0]), node("MatMul", "h t", "p"), node(act, "p", "q"),
+        ]  # fmt: skip
+        made.append(helper.make_graph(nodes, act, [], [value("q")], [tensor(name, normal(OUT, OUT, seed=seed))]))
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.parametrize("names", [("w", "w"), ("a", "b")])
+def test_weights_of_both_branches_of_an_if(names, taken):
+    then, other = branches(names)
+    nodes = [
+        node("MatMul", "x v", "h"), node("If", "c", "r", then_branch=then, else_branch=other), node("MatMul", "r o", "y"),
+    ]  # fmt: skip
+    made = model(nodes, [tensor("v", W), tensor("o", normal(OUT, 4, seed=3))], [value("x", (3, IN)), value("c", (), BOOL)])
+    graph = run(made, normal(3, IN), np.array(taken))
+    pairs = {p.tensor: p for p in pair(graph)}
+    keys = ("r.then_branch/w", "r.else_branch/w") if names == ("w", "w") else names
+    assert set(pairs) == {"v", *keys, "o"}
+    assert set(keys) <= set(load_proto(made).arrays)
+    for key, act in zip(keys, ("relu", "tanh"), strict=True):
+        p = pairs[key]
+        assert (p.shape, "".join(p.axes), p.fan_in, p.fan_out, p.stored) == ((OUT, OUT), "oi", OUT, OUT, True)
+        assert [f.activation.name for f in p.feeds] == [act]
+        assert p.provenance == ("Transpose",)
+        assert {p.node, p.value} <= {n.name for n in graph.fx.nodes}
+    # What flows into the branches and out of them is followed through.
+    assert {f.activation.name for f in pairs["v"].feeds} == {"linear"}
+    assert len(pairs["o"].feeds) == 1
+
+
+def test_an_if_whose_condition_is_known_is_its_branch():
+    then, other = branches(("a", "b"))
+    nodes = [node("MatMul", "x v", "h"), node("Identity", "c", "k"), node("If", "k", "y", then_branch=then, else_branch=other)]
+    graph = run(model(nodes, [tensor("v", W), tensor("c", np.array(False))]))
+    assert [(p.tensor, p.feeds[0].activation.name) for p in pair(graph)] == [("v", "linear"), ("b", "tanh")]
+    assert graph.unused == ("a",)
+
+
+def loop(carried: bool) -> onnx.ModelProto:
+    """h := tanh(h w + x u), three times; `w` is an initializer of the body, or carried along unchanged."""
+    inputs = [value("i", (), INT64), value("c", (), BOOL), value("s"), *([value("w")] if carried else [])]
+    body = [
+        node("MatMul", "s w", "a"), node("MatMul", "x u", "b"), node("Add", "a b", "d"), node("Tanh", "d", "t"),
+        node("Identity", "c", "k"), *([node("Identity", "w", "w2")] if carried else []),
+    ]  # fmt: skip
+    outputs = [value("k", (), BOOL), value("t"), *([value("w2")] if carried else []), value("d")]
+    held = [tensor("u", normal(IN, OUT, seed=5))] + ([] if carried else [tensor("w", normal(OUT, OUT, seed=4))])
+    graph = helper.make_graph(body, "body", inputs, outputs, held)
+    outer = [
+        node("Loop", f"m  s0{' w0' if carried else ''}".replace("  ", " @ "), f"l{' lw' if carried else ''} scan", body=graph)
+    ]
+    outer[0].input[1] = ""
+    outer += [node("Add", "l z", "q"), node("MatMul", "q o", "y")]
+    tensors = [tensor("m", np.int64(3)), tensor("o", normal(OUT, 4, seed=6)), tensor("z", normal(OUT))]
+    tensors += [tensor("w0", normal(OUT, OUT, seed=4))] if carried else []
+    return model(outer, tensors, [value("x", (3, IN)), value("s0", (3, OUT))])
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_weights_of_a_loop(carried):
+    graph = run(loop(carried), normal(3, IN), normal(3, OUT, seed=9))
+    pairs = {p.tensor: p for p in pair(graph)}
+    recurrent = "w0" if carried else "w"
+    assert set(pairs) == {recurrent, "u", "o"}
+    assert (pairs[recurrent].fan_in, pairs["u"].fan_in, pairs["o"].fan_out) == (OUT, IN, 4)
+    assert [f.activation.name for f in pairs["u"].feeds if f.path == ("add",)][:1] == ["tanh"]
+    assert [f.activation.name for f in pairs[recurrent].feeds if f.path == ("add",)][:1] == ["tanh"]
+    # The pairs that a second trip would add are those of the first.
+    assert len(pair(graph)) == 3
+
+
+def test_layers_that_a_scan_runs_through():
+    """One matrix a layer, stacked: the scan hands the body one at a time."""
+    inputs = [value("s"), value("w")]
+    body = [node("MatMul", "s w", "a"), node("Relu", "a", "t")]
+    graph = helper.make_graph(body, "body", inputs, [value("t")])
+    nodes = [node("Scan", "h ws", "r", body=graph, num_scan_inputs=1), node("MatMul", "r o", "y")]
+    first = node("MatMul", "x v", "h")
+    tensors = [tensor("v", W), tensor("ws", normal(4, OUT, OUT)), tensor("o", normal(OUT, 2))]
+    made = run(model([first, *nodes], tensors))
+    pairs = {p.tensor: p for p in pair(made)}
+    assert set(pairs) == {"v", "ws", "o"}
+    assert (pairs["ws"].fan_in, pairs["ws"].fan_out) == (OUT, OUT)
+    assert "relu" in {f.activation.name for f in pairs["ws"].feeds}
+    assert pairs["ws"].value in {n.name for n in made.fx.nodes}
+
+
+def test_weights_of_an_if_inside_a_loop_inside_an_if():
+    then, other = branches(("a", "b"))
+    inner = [node("If", "c", "n", then_branch=then, else_branch=other), node("Identity", "k0", "k")]
+    body = helper.make_graph(
+        inner, "body", [value("i", (), INT64), value("k0", (), BOOL), value("h")], [value("k", (), BOOL), value("n")]
+    )
+    deep = helper.make_graph([helper.make_node("Loop", ["m", "", "g"], ["l"], "loop", body=body)], "then", [], [value("l")])
+    flat = helper.make_graph([node("Identity", "g", "e")], "else", [], [value("e")])
+    nodes = [node("MatMul", "x v", "g"), helper.make_node("If", ["c"], ["y"], "outer", then_branch=deep, else_branch=flat)]
+    made = model(nodes, [tensor("v", W), tensor("m", np.int64(2))], [value("x", (3, IN)), value("c", (), BOOL)])
+    for taken in (True, False):
+        graph = run(made, normal(3, IN), np.array(taken))
+        assert {p.tensor: p.feeds[0].activation.name for p in pair(graph)} == {"v": "linear", "a": "relu", "b": "tanh"}
+
+
+def test_gradients_reach_weights_inside_bodies():
+    """Judge: the same recurrence written in torch."""
+    checkpoint = load_proto(loop(False))
+    graph = from_onnx(checkpoint.program, checkpoint.arrays)
+    x, s = torch.from_numpy(normal(3, IN)), torch.from_numpy(normal(3, OUT, seed=9))
+    w, u = (torch.from_numpy(v).requires_grad_() for v in (normal(OUT, OUT, seed=4), normal(IN, OUT, seed=5)))
+    h = s
+    for _ in range(3):
+        h = torch.tanh(h @ w + x @ u)
+    expected = torch.autograd.grad(
+        (((h + torch.from_numpy(normal(OUT))) @ torch.from_numpy(normal(OUT, 4, seed=6))) ** 2).sum(), (w, u)
+    )
+    leaves = {name: graph.constants[name].value().clone().requires_grad_() for name in ("w", "u")}
+
+    class Leaves(Executor):
+        def get_attr(self, target, args, kwargs):
+            return leaves[target] if target in leaves else super().get_attr(target, args, kwargs)
+
+    (y,) = Leaves(graph).run(x, s)
+    found = torch.autograd.grad((y**2).sum(), (leaves["w"], leaves["u"]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_that_an_exporter_merged_with_weights():
+    """Fresh running statistics equal fresh scales and shifts, so one tensor serves as both, perhaps behind an Identity."""
+    ones, zeros = tensor("g", np.ones(OUT, np.float32)), tensor("b", np.zeros(OUT, np.float32))
+    nodes = [
+        node("MatMul", "x v", "h"), node("Identity", "g", "var"), node("Identity", "b", "mean"),
+        node("BatchNormalization", "h g b mean var", "n"), node("Relu", "n", "y"),
+    ]  # fmt: skip
+    checkpoint = load_proto(model(nodes, [tensor("v", W), ones, zeros]))
+    graph = from_onnx(checkpoint.program, checkpoint.arrays)
+    x = torch.from_numpy(normal(8, IN))
+    (y,) = Executor(graph).run(x)
+    expected = torch.relu(torch.nn.functional.batch_norm(x @ torch.from_numpy(W), None, None, training=True))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert {k: c.kind for k, c in graph.constants.items()} == dict.fromkeys("vgb", "parameter")
+
+
+def test_statistics_are_no_weights():
+    parts = {"g": np.full(OUT, 1.5), "b": np.zeros(OUT), "m": np.ones(OUT), "s": np.full(OUT, 2.0)}
+    nodes = [node("MatMul", "x v", "h"), node("BatchNormalization", "h g b m s", "y")]
+    graph = run(model(nodes, [tensor("v", W), *(tensor(k, a.astype(np.float32)) for k, a in parts.items())]))
+    assert {k: c.kind for k, c in graph.constants.items()} == {
+        "v": "parameter", "g": "parameter", "b": "parameter", "m": "buffer", "s": "buffer",
+    }  # fmt: skip
+    assert [f.path for p in pair(graph) for f in p.feeds] == [("batch_norm", "output")]
+
+
+def test_an_unknown_operator_leaves_the_rest_to_be_audited():
+    nodes = [node("MatMul", "x v", "h"), node("Relu", "h", "r"),
+             helper.make_node("Mystery", ["r"], ["u"], "mystery", domain="ai.example"), node("MatMul", "u o", "y")]  # fmt: skip
+    made = model(nodes, [tensor("v", W), tensor("o", normal(OUT, 2))])
+    made.opset_import.append(helper.make_opsetid("ai.example", 1))
+    checkpoint = load_proto(made)
+    graph = specialise(from_onnx(checkpoint.program, checkpoint.arrays), (torch.ones(3, IN),))
+    assert [p.feeds[0].activation.name for p in pair(graph) if p.tensor == "v"] == ["relu"]
+    with torch.no_grad():
+        (result,) = Executor(graph).run(torch.ones(3, IN))
+    torch.testing.assert_close(result, torch.relu(torch.ones(3, IN) @ torch.from_numpy(W)))
+
+
+def test_a_value_that_nobody_makes_is_refused():
+    graph = helper.make_graph([node("MatMul", "x nowhere", "y")], "g", [value("x", (3, IN))], [value("y")])
+    with pytest.raises(UnreadableModel, match="nowhere"):
+        from_onnx(helper.make_model(graph), {})
