@@ -123,19 +123,53 @@ def _index_select(call: Mapping[str, Any]) -> tuple[WeightUse, ...]:
 
 
 def _recurrent(operator: str, gates: tuple[str, ...]) -> Any:
-    """torch.nn's packed list [w_ih, w_hh, (b_ih, b_hh)] for each layer and direction; gates stacked along the first axis."""
+    """torch.nn's packed list [w_ih, w_hh, (b_ih, b_hh), (w_hr)] for each layer and direction; gates stacked along axis 0."""
 
     def weights(call: Mapping[str, Any]) -> tuple[WeightUse, ...]:
         params = call["params"]
         step = 4 if call["has_biases"] else 2
-        step += len(params) % step and 1  # a projected LSTM has a fifth
+        found = []
+        # A projected LSTM carries fewer numbers from step to step than a gate has units.
+        projected = operator == "lstm" and params[1].shape[1] * len(gates) != params[1].shape[0]
+        for i in range(0, len(params), step + projected):
+            found += [WeightUse("params", ("o", "i"), operator, index=i + j, gates=gates, unit_axis=None) for j in (0, 1)]
+            if projected:
+                found.append(WeightUse("params", ("o", "i"), operator, index=i + step, unit_axis=None))
+        return tuple(found)
+
+    return weights
+
+
+def _cell(operator: str, gates: tuple[str, ...]) -> Any:
+    def weights(_: Mapping[str, Any]) -> tuple[WeightUse, ...]:
         return tuple(
-            WeightUse("params", ("o", "i"), operator, index=i + j, gates=gates, unit_axis=None)
-            for i in range(0, len(params) - 1, step)
-            for j in (0, 1)
+            WeightUse(f"w_{part}", ("o", "i"), operator, bias=f"b_{part}", gates=gates, unit_axis=None) for part in ("ih", "hh")
         )
 
     return weights
+
+
+def _inner(call: Mapping[str, Any]) -> tuple[WeightUse, ...]:
+    """The last axes of both factors are summed over."""
+    other = call["other"]
+    if not other.constant or not other.shape:
+        return ()
+    return (WeightUse("other", (*"o" * (len(other.shape) - 1), "i"), "linear", unit_axis=-1 if len(other.shape) > 1 else None),)
+
+
+def _tensordot(call: Mapping[str, Any]) -> tuple[WeightUse, ...]:
+    """The axes that are named are summed over, those of the second factor stand last in the result."""
+    for name, dims, last in (("other", "dims_other", True), ("self", "dims_self", False)):
+        factor = call[name]
+        if factor.constant and factor.shape:
+            summed = {d % len(factor.shape) for d in call[dims]}
+            axes = tuple("i" if a in summed else "o" for a in range(len(factor.shape)))
+            return (WeightUse(name, axes, "linear", unit_axis=-1 if last and "o" in axes else None),)
+    return ()
+
+
+def _conv_tbc(_: Mapping[str, Any]) -> tuple[WeightUse, ...]:
+    return (WeightUse("weight", ("k", "i", "o"), "conv", bias="bias"),)
 
 
 def _role(kind: Any, name: str = "", data: tuple[str, ...] = (), weights: Any = None) -> Role:
@@ -156,7 +190,11 @@ ROLES: Mapping[str, Role] = {
     "dot": _role("contraction", "matmul", ("self", "tensor"), product_weights("self", "tensor")),
     "addmm": _role("contraction", "matmul", ("mat1", "mat2"), product_weights("mat1", "mat2", "self")),
     "baddbmm": _role("contraction", "matmul", ("batch1", "batch2"), product_weights("batch1", "batch2", "self")),
+    "addmv": _role("contraction", "matmul", ("mat", "vec"), product_weights("mat", "vec", "self")),
+    "inner": _role("contraction", "matmul", ("self", "other"), _inner),
+    "tensordot": _role("contraction", "matmul", ("self", "other"), _tensordot),
     "einsum": _role("contraction", "einsum", ("tensors",), _einsum),
+    "conv_tbc": _role("contraction", "conv", ("self",), _conv_tbc),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), _CONVOLUTION),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _TRANSPOSED),
     "embedding": _role("embedding", "embedding", ("indices",), _table("weight")),
@@ -168,6 +206,10 @@ ROLES: Mapping[str, Role] = {
     "gru": _role("recurrent", "gru", ("input",), _recurrent("gru", ("r", "z", "n"))),
     "rnn_tanh": _role("recurrent", "rnn_tanh", ("input",), _recurrent("rnn_tanh", ("h",))),
     "rnn_relu": _role("recurrent", "rnn_relu", ("input",), _recurrent("rnn_relu", ("h",))),
+    "lstm_cell": _role("recurrent", "lstm", ("input", "hx"), _cell("lstm", ("i", "f", "g", "o"))),
+    "gru_cell": _role("recurrent", "gru", ("input", "hx"), _cell("gru", ("r", "z", "n"))),
+    "rnn_tanh_cell": _role("recurrent", "rnn_tanh", ("input", "hx"), _cell("rnn_tanh", ("h",))),
+    "rnn_relu_cell": _role("recurrent", "rnn_relu", ("input", "hx"), _cell("rnn_relu", ("h",))),
     "batch_norm": _role("normalization", "batch_norm", ("input",)),
     "_native_batch_norm_legit": _role("normalization", "batch_norm", ("input",)),
     "native_batch_norm": _role("normalization", "batch_norm", ("input",)),
@@ -200,7 +242,7 @@ ROLES: Mapping[str, Role] = {
 
 # Operators whose first argument carries the signal and that differ in nothing else that matters here.
 _FAMILIES: tuple[tuple[Kind, str], ...] = (
-    ("pointwise", "prelu log_sigmoid hardswish special_expit rsub"),
+    ("pointwise", "prelu log_sigmoid hardswish relu6 mish special_expit rsub masked_fill where"),
     ("pooling", "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"),
     ("pooling", "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
     ("pooling", "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d fractional_max_pool2d"),
@@ -235,6 +277,12 @@ def base_name(target: torch._ops.OpOverload) -> str:
     return name[:-1]
 
 
+def _tags(name: str) -> set[torch.Tag]:
+    """The tags of the operator of that name: those in place do not bear the tags of their namesakes."""
+    packet = getattr(torch.ops.aten, name, None)
+    return set() if packet is None else {tag for overload in packet.overloads() for tag in getattr(packet, overload).tags}
+
+
 def aten_role(target: torch._ops.OpOverload) -> Role:
     """The role of an ATen overload: by name where it is a weight's consumer or special, else by its tags and alias schema."""
     name = base_name(target)
@@ -246,7 +294,7 @@ def aten_role(target: torch._ops.OpOverload) -> Role:
         return Role(_KINDS[name], "pool" if _KINDS[name] == "pooling" else name, first if _KINDS[name] != "generator" else ())
     if name.startswith(("upsample", "_upsample")):
         return Role("passthrough", "resize", first)
-    if torch.Tag.pointwise in target.tags:
+    if torch.Tag.pointwise in target.tags or torch.Tag.pointwise in _tags(name):
         return Role("pointwise", name)
     if torch.Tag.reduction in target.tags:
         return Role("reduction", name, first)

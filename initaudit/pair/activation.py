@@ -93,7 +93,7 @@ def recognise(function: Scalar) -> Activation:
     slope, offset = np.polyfit(_GRID, y, 1)
     if np.abs(y - slope * _GRID - offset).max() <= _EXACT * size:
         return Activation("linear", scale=abs(float(slope)), function=function)
-    found = _piecewise(y) or _named(y, size) or _fitted(y, size)
+    found = _piecewise(y) or _named(y, size) or _fitted(y, size) or _rescaled(function, y, size)
     if found is None:
         return Activation("custom", function=function)
     name, parameters, scale = found
@@ -156,9 +156,9 @@ def _fitted(y: Array, size: float) -> Found | None:
     lower, upper = float(y.min()), float(y.max())
     middle = int(np.argmin(np.abs(_GRID)))
     slope = float((y[middle + 1] - y[middle - 1]) / (_GRID[middle + 1] - _GRID[middle - 1]))
-    candidates: list[tuple[str, dict[str, float], Array]] = [
-        ("clip", {"min": round(lower, 6), "max": round(upper, 6)}, np.clip(_GRID, lower, upper)),
-    ]
+    candidates: list[tuple[str, dict[str, float], Array]] = []
+    if lower > _GRID[0] + 1e-3 and upper < _GRID[-1] - 1e-3:  # else it is the grid that ends there
+        candidates.append(("clip", {"min": round(lower, 6), "max": round(upper, 6)}, np.clip(_GRID, lower, upper)))
     if slope != 0 and upper > lower:
         alpha = slope / (upper - lower)
         candidates.append(
@@ -175,5 +175,29 @@ def _fitted(y: Array, size: float) -> Found | None:
         beta = math.log(2) / zero
         candidates.append(("softplus", {"beta": round(beta, 4)}, _softplus(beta * _GRID) / beta))
     fits = [(float(np.abs(y - f).max()) / size, name, p) for name, p, f in candidates]
-    error, name, parameters = min(fits, key=lambda fit: fit[0])
+    error, name, parameters = min(fits, key=lambda fit: fit[0], default=(math.inf, "", {}))
     return (name, parameters, 1.0) if error < _TOLERANCE else None
+
+
+def _rescaled(function: Scalar, y: Array, size: float) -> Found | None:
+    """a·sin(wz) of any frequency and a·tanh(z/a) of any width, from the slope at 0 and one point further out."""
+    h = 1e-4
+    with np.errstate(all="ignore"):
+        slope = float(np.diff(np.asarray(function(np.array([-h, h])), dtype=np.float64))[0] / (2 * h))
+    if slope <= 0 or np.abs(y + y[::-1]).max() > _TOLERANCE * size:
+        return None
+    candidates: list[tuple[str, Scalar, float, float]] = [
+        ("sin", np.sin, slope / size, 1.1),
+        ("tanh", np.tanh, slope / size, 0.05),
+    ]
+    for name, shape, rate, least in candidates:
+        # f(z) = (slope/w)·shape(wz) falls with w at z = 1/rate: halving finds w.
+        z = 1 / rate if name == "sin" else float(_GRID[-1])
+        target = float(np.asarray(function(np.array([z, 0.0])), dtype=np.float64)[0])
+        low, high = rate * min(least, 0.9), rate * 1.1
+        for _ in range(80):
+            w = (low + high) / 2
+            low, high = (w, high) if slope / w * float(shape(np.array(w * z))) > target else (low, w)
+        if np.abs(y - slope / w * shape(w * _GRID)).max() < _TOLERANCE * size:
+            return name, {"omega" if name == "sin" else "slope": round(w, 4)}, 1.0
+    return None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from initaudit.graph.calls import role_of, signal_inputs
+from initaudit.graph.calls import role_of
 from initaudit.graph.graph import shape_of
 from initaudit.pair.activation import LINEAR, Activation, recognise
 from initaudit.pair.evaluate import ConstantReader, run
@@ -23,16 +23,30 @@ from initaudit.pair.evaluate import ConstantReader, run
 # Elementwise identities that are not tagged pointwise.
 _IDENTITIES = "_to_copy to type_as clone contiguous alias lift_fresh_copy dropout native_dropout Identity Cast CastLike Dropout"
 _SAME_ELEMENTS = frozenset(_IDENTITIES.split())
+# Yes or no for each element: part of a function (x * (x > 0)), never a signal of its own.
+_COMPARED = "eq ne lt le gt ge logical_and logical_or logical_not logical_xor isnan isinf Equal Greater GreaterOrEqual Less"
+_COMPARISONS = frozenset([*_COMPARED.split(), "LessOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"])
+_LIKE = frozenset(("zeros_like", "ones_like", "full_like"))  # the same number everywhere
 _LIMIT = 400  # nodes: the longest activation written out in primitive operators has about twenty
 
 
 def _elementwise(node: fx.Node) -> bool:
     role = role_of(node)
     if role.kind == "pointwise":
-        return role.name != "glu"
-    return role.kind == "passthrough" and (
-        role.name in _SAME_ELEMENTS or getattr(node.target, "__name__", "") in _SAME_ELEMENTS
-    )
+        return role.name not in ("glu", "swiglu")
+    name = _plain_name(node)
+    return (
+        role.kind == "passthrough" and (role.name in _SAME_ELEMENTS or name in _SAME_ELEMENTS)
+    ) or name in _LIKE | _COMPARISONS
+
+
+def _plain_name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "").partition(".")[0]
+
+
+def compares(node: fx.Node) -> bool:
+    """Whether the values of `node` say yes or no."""
+    return _plain_name(node) in _COMPARISONS
 
 
 @dataclass(frozen=True)
@@ -82,11 +96,19 @@ def pointwise_cluster(start: fx.Node, constant: Set[fx.Node], constants: Constan
     for node in _followers(start):
         if not _elementwise(node):
             continue
-        carried = any(i in inside for i in signal_inputs(node))
-        if carried and all(i in inside or (i in constant and constants.size(i) == 1) for i in node.all_input_nodes):
+        carried = any(i in inside for i in node.all_input_nodes)
+        others = [i for i in node.all_input_nodes if i not in inside]
+        if carried and all(i in constant and constants.size(i) == 1 for i in others) and not _shut(node, others, constants):
             inside.add(node)
             order.append(node)
     return Cluster(start, tuple(order), constants)
+
+
+def _shut(node: fx.Node, others: list[fx.Node], constants: ConstantReader) -> bool:
+    """A product with a trainable number that is 0: a gate that training opens, not the constant 0."""
+    if not others or not _divides(node):
+        return False
+    return any(constants.trainable(i) and float(constants.value(i).reshape(())) == 0 for i in others)
 
 
 def _followers(start: fx.Node) -> list[fx.Node]:

@@ -46,6 +46,18 @@ class ConstantReader:
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
+    def trainable(self, node: fx.Node) -> bool:
+        """Whether a constant node is made of something that training changes."""
+        stack, seen = [node], {node}
+        while stack:
+            current = stack.pop()
+            if current.op == "get_attr" and self.graph.constants[str(current.target)].kind == "parameter":
+                return True
+            fresh = [i for i in current.all_input_nodes if i not in seen]
+            seen.update(fresh)
+            stack.extend(fresh)
+        return False
+
     def size(self, node: fx.Node) -> int | None:
         """The number of elements of a constant node, from its recorded shape where there is one."""
         shape = node.meta.get("shape")
@@ -55,21 +67,35 @@ class ConstantReader:
         return int(torch.Size(shape).numel())
 
 
+_CASTS = frozenset(("_to_copy", "to", "type_as", "Cast", "CastLike"))
+
+
 def run(nodes: Iterable[fx.Node], start: fx.Node, value: torch.Tensor, constants: ConstantReader) -> dict[fx.Node, Any]:
     """The values that `nodes`, in graph order, make of `value` in place of `start`.
 
-    Every other input must be constant. In-place operators write to a copy. Raises what the operators raise.
+    Every other input must be constant. In-place operators write to a copy. Everything is computed in the precision of `value`:
+    a cast to fewer digits is passed by, since what is asked is which function a graph means. Raises what the operators raise.
     """
     values: dict[fx.Node, Any] = {start: value}
 
     def read(node: fx.Node) -> Any:
-        return values[node] if node in values else constants.value(node)
+        found = values[node] if node in values else constants.value(node)
+        return found.to(value.dtype) if isinstance(found, torch.Tensor) and found.is_floating_point() else found
 
     with torch.no_grad():
         for node in nodes:
             args: Any
             args, kwargs = fx.map_arg((node.args, node.kwargs), read)
+            name = getattr(node.target, "__name__", "").partition(".")[0]
+            if name in _CASTS and args[0].is_floating_point() and _floats(node):
+                values[node] = args[0]
+                continue
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and args:
                 args = (args[0].clone(), *args[1:])
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return values
+
+
+def _floats(node: fx.Node) -> bool:
+    dtype = node.meta.get("dtype")
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point

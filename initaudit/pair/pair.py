@@ -16,7 +16,7 @@ from initaudit.graph.graph import Constant, Graph, location_of
 from initaudit.graph.onnx_bodies import ControlCall
 from initaudit.graph.onnx_inline import Inlined, has_bodies, inlined
 from initaudit.location import Location
-from initaudit.pair.activation import CATALOGUE, Activation
+from initaudit.pair.activation import CATALOGUE, LINEAR, Activation
 from initaudit.pair.evaluate import ConstantReader
 from initaudit.pair.records import Feeds, Pair
 from initaudit.pair.walk import Walker
@@ -75,7 +75,7 @@ def _pair(graph: Graph, use: Use, constant: Set[fx.Node], walker: Walker) -> Pai
     if shape is None or not (stored or generated):
         return None
     # Masks may be as large as the weight, scales of integers are smaller.
-    main = max(stored, key=lambda c: (torch.Size(c.shape).numel(), c.dtype.is_floating_point), default=None)
+    main = max(stored, key=lambda c: (c.kind != "buffer", torch.Size(c.shape).numel(), c.dtype.is_floating_point), default=None)
     weights = [c for c in stored if c.dtype.is_floating_point or c.kind == "parameter" or c is main]
     fan_in, fan_out = use.use.fans(shape)
     shape, axes, mapped = _stored_axes(graph, use, chain, main)
@@ -196,6 +196,8 @@ def _permutation(view: torch.Tensor, stored: torch.Tensor) -> list[int] | None:
 
 
 def _feeds(use: Use, walker: Walker) -> tuple[Feeds, ...]:
+    if role_of(use.node).kind == "recurrent" and not use.use.gates:
+        return (Feeds(LINEAR, (), use.node.name),)  # the projection of an LSTM's state
     if role_of(use.node).kind == "recurrent":
         return tuple(Feeds(a, (f"{_GATE_NAMES[gate]} gate",), use.node.name) for gate, a in _gate_activations(use).items())
     return walker.feeds(use.node)

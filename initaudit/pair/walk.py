@@ -14,11 +14,12 @@ from torch import fx
 from initaudit.graph.calls import role_of, signal_inputs, weight_uses
 from initaudit.graph.graph import Graph
 from initaudit.pair.activation import CATALOGUE, LINEAR, Activation, recognise
-from initaudit.pair.cluster import pointwise_cluster, written_normalization
+from initaudit.pair.cluster import compares, pointwise_cluster, written_normalization
 from initaudit.pair.evaluate import ConstantReader
 from initaudit.pair.records import Feeds
 
 _SOFTMAX = Activation("softmax")
+_REDUCED = {"mean": "pool", "amax": "max", "max": "max", "amin": "min", "min": "min"}
 _NEAR = 8  # scale, mask, casts and changes of layout between a product and its softmax
 _MOST_VISITS = 4000  # values on one weight's ways; a network whose every layer is concatenated into every later one stays below
 
@@ -73,7 +74,7 @@ class Walker:
             onward.append((norm.node, norm.name))
         for member in (node, *cluster.nodes):
             outside = [u for u in member.users if u not in cluster.members and u not in inside and self._carries(member, u)]
-            if not outside:
+            if not outside or compares(member):
                 continue
             activation = cluster.activation(member)
             if activation.name not in ("linear", "constant"):
@@ -100,7 +101,7 @@ class Walker:
         elif role.kind == "normalization" or role.kind in ("pooling", "merge"):
             onward.append((user, role.name))
         elif role.kind == "reduction":
-            onward.append((user, "pool" if role.name in ("mean", "ReduceMean") else "sum"))
+            onward.append((user, _REDUCED.get(role.name.lower().removeprefix("reduce").removeprefix("_"), "sum")))
         elif role.kind in ("passthrough", "embedding"):
             onward.append((user, ""))  # an index into a signal selects some of it
         elif role.kind == "pointwise":
@@ -126,8 +127,8 @@ class Walker:
         name = (role.name or getattr(user.target, "__name__", "")).lower()
         others = [i for i in user.all_input_nodes if i is not node]
         fixed = all(i in self.constant for i in others)
-        if name == "glu":
-            gate = recognise(CATALOGUE["sigmoid"])
+        if name in ("glu", "swiglu"):
+            gate = recognise(CATALOGUE["sigmoid" if name == "glu" else "silu"])
             found.append(Feeds(gate, ("glu",), user.name))
             onward.append((user, "glu"))
         elif name == "prelu" and fixed:
