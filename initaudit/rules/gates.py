@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,3 +33,21 @@ def _multiplies(node: fx.Node) -> bool:
         if role.kind == "passthrough" and _multiplies(user):
             return True
     return False
+
+
+def silent(graph: Graph, zero: Set[str]) -> list[str]:
+    """Those of the `zero` constants that multiply a signal by zero, as they are or through functions that keep it (tanh)."""
+    from initaudit.graph.constness import constant_nodes
+    from initaudit.pair.evaluate import ConstantReader
+
+    constant, reader = constant_nodes(graph.fx), ConstantReader(graph)
+    found = []
+    for start in graph.fx.nodes:
+        stack = [start] if start.op == "get_attr" and str(start.target) in zero else []
+        while stack:
+            node = stack.pop()
+            if _multiplies(node):
+                found.append(str(start.target))
+                break
+            stack += [u for u in node.users if u in constant and not reader.value(u).any()]
+    return found

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, init_line, initial, normalised
+from initaudit.rules.structure import readers, reading_inputs
+from initaudit.rules.support import fields, init_line, initial, normalised, to_output
+
+if TYPE_CHECKING:
+    from initaudit.pair.records import Feeds
 
 # One unit of a small layer may be zero by design (a padding class, a null token).
 _LEAST = 2
@@ -22,7 +26,8 @@ class DeadUnits(Rule):
 
     What it does: counts rows (all weights into a unit) that are exactly zero in a weight that is not zero as a whole. It is a
     warning where nothing can bring them back: the bias is zero too, and the activation has no slope at zero, as ReLU in every
-    framework; or where the network is trained and they are still zero. Else they learn, and it is a remark.
+    framework, or all weights out of these units are zero as well; or where the network is trained and they are still zero. Else
+    they learn, and it is a remark, as it is for columns (a unit that is read with zeros) and for a padding at the end.
 
     Why it is bad: such a unit says nothing, gets no gradient through a ReLU, and is paid for.
 
@@ -41,38 +46,58 @@ class DeadUnits(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each weight."""
+        inputs = reading_inputs(evidence)
         for layer in evidence.layers:
             if layer.pair.role not in ("contraction", "recurrent") or not layer.moments.m2 > 0 or not layer.pair.trainable:
                 continue
-            rows = _zero_rows(layer)
+            rows = _zeros_along(layer, "o")
             if rows is None or rows.sum() < _LEAST:
+                yield from self._columns(layer, inputs)
                 continue
-            stuck = self._stuck(evidence, layer, rows)
-            level: Any = "warning" if stuck else "info"
-            why = (
-                "their biases are zero and the activation is flat there, so they get no gradient"
-                if stuck
-                else "they may still learn"
-            )
+            why = self._stuck(evidence, layer, rows)
             yield self.finding(
-                f"{int(rows.sum())} of {rows.size} units have only zero weights; {why}",
+                f"{int(rows.sum())} of {rows.size} units have only zero weights; {why or 'they may still learn'}",
                 init_line(layer),
-                severity=level,
+                severity="warning" if why else "info",
                 measured=float(rows.sum()),
                 expected=0.0,
                 **fields(layer),
             )
 
-    def _stuck(self, evidence: Evidence, layer: LayerEvidence, rows: np.ndarray[Any, Any]) -> bool:
+    def _columns(self, layer: LayerEvidence, inputs: frozenset[str]) -> Iterator[Finding]:
+        if layer.tensor in inputs or layer.pair.groups > 1:
+            return
+        columns = _zeros_along(layer, "i")
+        if columns is not None and columns.sum() >= _LEAST:
+            yield self.finding(
+                f"{int(columns.sum())} of the {columns.size} units that this weight reads are read with zeros only; they are "
+                "heard again as soon as these weights have learnt",
+                init_line(layer),
+                severity="info",
+                measured=float(columns.sum()),
+                expected=0.0,
+                **fields(layer),
+            )
+
+    def _stuck(self, evidence: Evidence, layer: LayerEvidence, rows: np.ndarray[Any, Any]) -> str:
+        """Why these units stay as they are, "" where they may learn."""
+        bias = _bias(evidence, layer, rows)
+        if bias is None:
+            return ""
+        if not initial(evidence):
+            padding = bool(rows[np.argmax(rows) :].all())  # up to a multiple of 8 or 64, at the end
+            quiet = padding or to_output(layer) or bool(np.any(bias))
+            return "" if quiet else "the network is trained, and they still say nothing"
         off = [f for f in layer.feeds if f.activation.name in _OFF_AT_ZERO and not f.path]
-        if not off or len(off) < len(layer.feeds) or normalised(layer):
-            return False
-        if layer.pair.bias is None:
-            return True
-        array = evidence.checkpoint.arrays.get(layer.pair.bias)
-        if array is None or array.size != rows.size:
-            return False
-        return bool((array.read().ravel()[rows] <= 0).all()) and initial(evidence)
+        if off and len(off) == len(layer.feeds) and not normalised(layer) and bool((bias <= 0).all()):
+            return "their biases are zero and the activation is flat there, so they get no gradient"
+        unheard = bool(following := readers(evidence, layer)) and not np.any(bias)
+        for reader in following:
+            columns = _zeros_along(reader, "i")
+            unheard = unheard and columns is not None and columns.size == rows.size and bool(columns[rows].all())
+        if unheard and all(_passes_zero(feed) for feed in layer.feeds):
+            return "all that reads them is zero too, so neither side ever gets a gradient"
+        return ""
 
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
@@ -87,14 +112,37 @@ class DeadUnits(Rule):
         """A quarter of the units without weights."""
         return (
             example("every fourth row zero", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].weight[::4].zero_())),
+            example("zero in and zero out", lambda: mlp(32, 64, 64, 5, act="GELU", change=_unheard)),
         )
 
 
-def _zero_rows(layer: LayerEvidence) -> np.ndarray[Any, Any] | None:
-    """Which units have only zeros; None where there cannot be two of them."""
+def _bias(evidence: Evidence, layer: LayerEvidence, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+    """The biases of these units, zeros where the layer has none; None where they cannot be told."""
+    if layer.pair.bias is None:
+        return np.zeros(int(rows.sum()))
+    array = evidence.checkpoint.arrays.get(layer.pair.bias)
+    if array is None or array.size != rows.size:
+        return None
+    bias: np.ndarray[Any, Any] = array.read().ravel()[rows]
+    return bias
+
+
+def _passes_zero(feed: Feeds) -> bool:
+    """Whether the activation is zero at zero."""
+    function = feed.activation.function
+    return function is not None and abs(float(function(np.zeros(1))[0])) < 1e-12
+
+
+def _zeros_along(layer: LayerEvidence, letter: str) -> np.ndarray[Any, Any] | None:
+    """Which slices along the axis of this letter have only zeros; None where there cannot be two of them, or no one axis."""
     pair = layer.pair
-    axes = [i for i, a in enumerate(pair.axes) if a == "o"]
+    axes = [i for i, a in enumerate(pair.axes) if a == letter]
     if len(axes) != 1 or layer.moments.zeros < _LEAST * layer.moments.count // max(1, pair.shape[axes[0]]):
         return None
     values = np.moveaxis(layer.read(), axes[0], 0).reshape(pair.shape[axes[0]], -1)
     return np.asarray(~values.astype(bool).any(axis=1))
+
+
+def _unheard(model: Any) -> None:
+    linear(model)[1].weight[40:].zero_()
+    linear(model)[2].weight[:, 40:].zero_()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, trained
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import names
+from initaudit.rules.support import names, to_output
 
 # Trained layers that make a checkpoint a trained one, and the share that may be fresh before the checkpoint is a new model.
 _TRAINED = 2
@@ -18,8 +19,9 @@ class UntrainedLayer(Rule):
     """A layer of a trained checkpoint still has the distribution of a fresh initialization.
 
     What it does: tests every weight for being an independent draw from a known law (moments, extremes, rows and columns,
-    largest singular value), and reports those that are, where most of the others are not. Weights that training does not
-    touch, and those that are frozen, are left out.
+    largest singular value), and reports those that are, where most of the others are not. Weights that are frozen, and those
+    that cannot have learnt because a zero behind them stops their gradient (LoRA's A before its B), are left out. Where only
+    layers that make the output are fresh, it is a remark: a new head belongs to every fine-tuning.
 
     Why it is bad: a key did not match when the checkpoint was loaded, so that this layer is random. The model answers, badly.
 
@@ -41,18 +43,20 @@ class UntrainedLayer(Rule):
         if evidence.phase not in ("trained", "mixed"):
             return
         judged = {x.tensor: x for x in evidence.layers if x.recognition is not None and x.pair.role != "embedding"}
-        fresh = [x for x in judged.values() if _is_draw(x)]
+        fresh = [x for x in judged.values() if _is_draw(x) and not _stopped(x)]
         trained = [x for x in judged.values() if x.recognition is not None and x.recognition.verdict == "trained"]
         if not fresh or len(trained) < _TRAINED or len(fresh) > _FRESH * (len(fresh) + len(trained)):
             return
+        head = all(to_output(x) for x in fresh)
         first = fresh[0]
         assert first.recognition is not None
         fit = first.recognition.schemes[0]
         yield self.finding(
             f"{names(fresh)} still {'has' if len(fresh) == 1 else 'have'} the distribution of a fresh draw: {fit.name} fits "
-            f"{first.tensor} with p = {fit.p_value:.2g}, while {len(trained)} other weights are trained; it was probably "
-            "not loaded",
+            f"{first.tensor} with p = {fit.p_value:.2g}, while {len(trained)} other weights are trained: "
+            + ("right for a new head, else it was not loaded" if head else "it was probably not loaded"),
             "compare the checkpoint's names with the model's: model.load_state_dict(state, strict=True)",
+            severity="info" if head else "error",
             measured=first.moments.variance,
             expected=fit.variance,
             tensor=first.tensor,
@@ -64,12 +68,44 @@ class UntrainedLayer(Rule):
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
         """All layers trained."""
-        return (example("trained", trained),)
+        return (example("trained", trained), example("an adapter whose second matrix is zero", _adapted))
 
     @classmethod
     def invalid(cls) -> tuple[Example, ...]:
         """One layer as it was made."""
-        return (example("one layer made again", lambda: trained(lambda m: linear(m)[2].reset_parameters())),)
+        return (
+            example("one layer made again", lambda: trained(lambda m: linear(m)[2].reset_parameters())),
+            example("a head made again", lambda: trained(lambda m: m.append(_head(m.pop(-1))))),
+        )
+
+
+def _head(old: Any) -> Any:
+    from torch import nn
+
+    return nn.Linear(old.in_features, old.out_features * 8)
+
+
+def _adapted() -> Any:
+    from torch import nn
+
+    model, inputs = trained()
+
+    class Adapted(nn.Module):
+        def __init__(self, base: Any) -> None:
+            super().__init__()
+            self.base, self.first, self.second = base, nn.Linear(64, 32, bias=False), nn.Linear(32, 64, bias=False)
+            nn.init.zeros_(self.second.weight)
+
+        def forward(self, x: Any) -> Any:
+            return self.base(x) + self.second(self.first(x))
+
+    model[4] = Adapted(model[4])
+    return model, inputs
+
+
+def _stopped(layer: LayerEvidence) -> bool:
+    """Whether the probe's gradient of this weight is exactly zero wherever it is used."""
+    return bool(layer.records) and all(r.gradient_norm == 0 for r in layer.records)
 
 
 def _is_draw(layer: LayerEvidence) -> bool:

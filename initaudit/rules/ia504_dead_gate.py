@@ -7,7 +7,7 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, trained
-from initaudit.rules.gates import factors
+from initaudit.rules.gates import silent
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import names
 
@@ -16,7 +16,7 @@ class DeadGate(Rule):
     """A scale or gate is exactly zero after training, so its branch contributes nothing.
 
     What it does: finds parameters that multiply a signal (a scalar, one number a channel, or a normalization's scale), in a
-    trained network, whose values are all exactly zero.
+    trained network, whose values are all exactly zero, also behind a function that keeps the zero.
 
     Why it is bad: the branch was never used: it was frozen, left out of the optimizer, or lost when the checkpoint was saved.
     Its layers cost time and do nothing.
@@ -39,7 +39,7 @@ class DeadGate(Rule):
         if evidence.graph is None or evidence.phase not in ("trained", "mixed"):
             return
         zero = {n for n, m in evidence.tensors.items() if m.count and m.min == m.max == 0.0}
-        gates = [name for name in factors(evidence.graph) if name in zero]
+        gates = silent(evidence.graph, zero)
         if gates:
             yield self.finding(
                 f"{names(gates)} {'is' if len(gates) == 1 else 'are'} exactly zero in a trained network: what "
@@ -58,10 +58,13 @@ class DeadGate(Rule):
     @classmethod
     def invalid(cls) -> tuple[Example, ...]:
         """A gate that never did."""
-        return (example("a gate of zero", lambda: _gated(0.0)),)
+        return (
+            example("a gate of zero", lambda: _gated(0.0)),
+            example("a gate of zero behind a tanh", lambda: _gated(0.0, bounded=True)),
+        )
 
 
-def _gated(value: float) -> Any:
+def _gated(value: float, *, bounded: bool = False) -> Any:
     import torch
     from torch import nn
 
@@ -74,6 +77,6 @@ def _gated(value: float) -> Any:
             self.body, self.branch, self.gate = body, branch, nn.Parameter(torch.full((5,), value))
 
         def forward(self, x: torch.Tensor) -> Any:
-            return self.body(x) + self.gate * self.branch(x)
+            return self.body(x) + (self.gate.tanh() if bounded else self.gate) * self.branch(x)
 
     return Gated(), inputs

@@ -42,7 +42,9 @@ class NewLayerOutOfScale(Rule):
         if evidence.phase not in ("trained", "mixed") or verdicts.count("trained") < 2:
             return
         for layer in evidence.layers:
-            fresh = layer.recognition is not None and layer.recognition.verdict != "trained"
+            # A trained head of few weights is "unknown", but no law of the catalogue explains it.
+            known = layer.recognition
+            fresh = known is not None and known.verdict != "trained" and bool(known.schemes) and not known.free
             if not fresh or not to_output(layer) or layer.pair.role != "contraction" or not layer.moments.m2 > 0:
                 continue
             power = layer.records[0].input_moment2 if layer.records else 1.0
