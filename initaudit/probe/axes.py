@@ -43,11 +43,12 @@ def axes_of(
     shapes: Mapping[fx.Node, tuple[int, ...]],
     uses: tuple[WeightUse, ...],
     again: Callable[[fx.Node, Tensor], Any],
+    seen: dict[Any, Axes],
 ) -> Axes:
     """The axes of `value`, which `node` made out of signals whose axes are `known`.
 
     `again(source, stand_in)` runs the node once more with the stand-in for the signal `source`; only nodes that move elements
-    without arithmetic are run so.
+    without arithmetic are run so. `seen` remembers what such calls did, for a network repeats its layers.
     """
     head = value[0] if isinstance(value, (tuple, list)) and value else value
     if not isinstance(head, Tensor) or head.dim() == 0:
@@ -60,7 +61,14 @@ def axes_of(
     kind = role_of(node).kind
     shape = tuple(head.shape)
     if kind == "passthrough":
-        return _moved(node, sources[0], known[sources[0]], shapes[sources[0]], shape, again)
+        source = sources[0]
+        key = _signature(node, source, known[source], shapes[source], shape)
+        if key is None or key not in seen:
+            moved = _moved(node, source, known[source], shapes[source], shape, again)
+            if key is None:
+                return moved
+            seen[key] = moved
+        return seen[key]
     batch, unit, origin = None, None, UNKNOWN
     for source in sources:
         found, from_shape = known[source], shapes[source]
@@ -74,6 +82,13 @@ def axes_of(
     if kind in ("recurrent", "embedding"):
         unit = len(shape) - 1
     return Axes(batch, origin.examples, origin.inner, unit if unit != batch else None)
+
+
+def _signature(node: fx.Node, source: fx.Node, axes: Axes, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
+    """What decides where a call moves the axes; None where another signal does."""
+    if len(node.all_input_nodes) > 1 or source not in node.all_input_nodes:
+        return None
+    return str(node.target), repr((node.args, node.kwargs)).replace(source.name, "_"), axes, before, after
 
 
 def _same(axis: int, before: int, shape: tuple[int, ...], source: tuple[int, ...]) -> int | None:

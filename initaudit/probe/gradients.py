@@ -67,7 +67,9 @@ class GradientSketch(Observer):
             if moved is None or moved.shape != gradient.shape:
                 return
             sketches.append(_by_unit(gradient * moved, axes if apart else replace(axes, unit=None)) / math.sqrt(runs))
-        self.parts[node] = torch.cat(sketches, 1)
+        part = torch.cat(sketches, 1)
+        if bool(torch.isfinite(part).all()):
+            self.parts[node] = part
 
     def _moved(self, run: Pass, node: fx.Node, held: Mapping[fx.Node, Any]) -> Tensor | None:
         """The change of the node's value for a random change of its weights."""
@@ -90,7 +92,7 @@ class GradientSketch(Observer):
             # What does not hang on the trained constants is taken away: a frozen bias, the other summand.
             still = call({**held, **others, **{a: torch.zeros_like(run.leaves[node, a]) for a in leaves}})
             value = value - still if still is not None else value
-        return value if bool(torch.isfinite(value).all()) else None
+        return value
 
     def _draw(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator).to(like.device)

@@ -58,6 +58,7 @@ class Pass(Executor):
         self.weights: dict[fx.Node, Any] = {}
         self.parameters: dict[str, Tensor] = {}
         self.axes: dict[fx.Node, Axes] = {}
+        self.moves: dict[Any, Axes] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.missing: dict[fx.Node, str] = {}
         self.frontier: list[Tensor] = []
@@ -160,7 +161,9 @@ class Pass(Executor):
             same = source is not None and self.shapes[source] == tuple(head.shape)
             self.axes[n] = self.axes[source] if source is not None and same else UNKNOWN
         else:
-            self.axes[n] = axes_of(n, value, self.axes, self.shapes, plain, lambda s, x: self.again(n, {s: self._like(s, x)}))
+            self.axes[n] = axes_of(
+                n, value, self.axes, self.shapes, plain, lambda s, x: self.again(n, {s: self._like(s, x)}), self.moves
+            )
         self.shapes[n] = tuple(head.shape)
         self.order[n] = len(self.order)
         signal = first_tensor(value)

@@ -11,7 +11,7 @@ from initaudit.probe.axes import Axes
 
 # Squares of float32 numbers lose precision below 1e-38 and overflow above 3e38: outside this range a sum is taken in float64.
 _SAFE = (1e-24, 1e36)
-_EXAMPLES, _FEATURES = 32, 4096
+_EXAMPLES, _FEATURES = 32, 1024
 
 
 def moments(x: Tensor) -> tuple[float, float, float, bool]:
@@ -47,41 +47,40 @@ def by_example(x: Tensor, axes: Axes) -> Tensor:
 
 
 def thin(rows: Tensor) -> Tensor:
-    """At most 32 rows by 4096 columns, evenly picked."""
+    """At most 32 rows by 1024 columns, evenly picked."""
     step = max(1, -(-rows.shape[1] // _FEATURES))
     return rows[:_EXAMPLES, ::step]
 
 
 def similarity(rows: Tensor) -> tuple[float | None, float | None]:
-    """(mean cosine between different rows, variance over rows as a share of the second moment) of an (n, d) tensor.
+    """(mean cosine between rows, variance over rows as a share of the second moment) of (n, d) or (groups, n, d) rows.
 
     Sums over pairs follow from the sum of the unit vectors: |Σ u|² = n + Σ_{i≠j} cos. The spread is taken in float64, where
-    rows that differ only in the last float32 digits still show a difference of zero or of rounding size.
+    rows that differ only in the last float32 digits still show a difference of zero or of rounding size. Groups without a
+    signal are left out; rows of zeros count as unlike all others.
     """
-    if rows.shape[0] < 2 or rows.shape[1] == 0:
+    rows = rows.double() if rows.dim() == 3 else rows.double().unsqueeze(0)
+    n = rows.shape[1]
+    if n < 2 or rows.numel() == 0:
         return None, None
-    rows = rows.double()
-    norms = rows.norm(dim=1, keepdim=True)
-    total = rows.square().mean().item()
-    if not math.isfinite(total) or total == 0.0:
+    squares = rows.square().sum(2)
+    total = squares.sum(1)
+    mean = rows.mean(1, keepdim=True)
+    between = (rows - mean).square().sum((1, 2))
+    weight = torch.where(squares > 0, squares, 1).rsqrt().unsqueeze(1)
+    pairs = ((weight @ rows).square().sum((1, 2)) - (squares > 0).sum(1)) / (n * (n - 1))
+    alive = (total > 0) & torch.isfinite(total)
+    if not bool(alive.any()):
         return None, None
-    spread = float((rows - rows.mean(0)).square().mean().item()) / total
-    units = rows[norms.squeeze(1) > 0] / norms[norms.squeeze(1) > 0]
-    n = units.shape[0]
-    cosine = (float(units.sum(0).square().sum().item()) - n) / (n * (n - 1)) if n > 1 else None
+    cosine, spread = torch.stack([pairs[alive], (between / total)[alive]]).mean(1).tolist()
     return cosine, spread
 
 
 def token_similarity(x: Tensor, batch: int, unit: int) -> tuple[float | None, float | None]:
-    """`similarity` of the positions of an example in a rank-3 tensor, averaged over at most 8 examples."""
+    """`similarity` of the positions of an example in a rank-3 tensor, averaged over at most 4 examples."""
     (tokens,) = {0, 1, 2} - {batch, unit}
-    rows = x.detach().permute(batch, tokens, unit)[:8, :128]
-    pairs = [similarity(example) for example in rows]
-    cosines, spreads = [c for c, _ in pairs if c is not None], [s for _, s in pairs if s is not None]
-    return (
-        sum(cosines) / len(cosines) if cosines else None,
-        sum(spreads) / len(spreads) if spreads else None,
-    )
+    examples = x.detach().permute(batch, tokens, unit)[:4, :_EXAMPLES]
+    return similarity(examples[:, :, :: max(1, -(-examples.shape[2] // _FEATURES))])
 
 
 def row_entropy(p: Tensor, axis: int) -> float | None:

@@ -35,10 +35,11 @@ def classes(matrix: Tensor, tolerance: float) -> Tensor:
     difference of norm d projects to N(0, d²), so different rows pass for equal with a probability of about tolerance / d in one
     direction; eight directions at once leave none.
     """
-    scale = matrix.double().norm(dim=1).max()
-    count = matrix.shape[0]
-    if count == 0 or not torch.isfinite(scale) or scale == 0:
+    count, peak = matrix.shape[0], matrix.abs().max()
+    if count == 0 or not torch.isfinite(peak) or peak == 0:
         return torch.zeros(count, dtype=torch.long)
+    matrix = matrix / peak
+    scale = matrix.norm(dim=1).max()
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn((matrix.shape[1], 8), generator=generator).to(matrix.device)
     keys = (matrix / scale).float() @ directions

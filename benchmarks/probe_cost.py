@@ -1,0 +1,109 @@
+"""What the probe costs, in units of one plain forward and backward pass of the same batch.
+
+    python benchmarks/probe_cost.py [--repeat 5] [--device cpu]
+
+Prints for a ResNet-50-like network and a 12-layer transformer: the recording of every edge (one forward, one backward), and
+the whole probe with its Gram matrix, units and virtual steps. Medians of alternated runs. On CUDA peak memory is compared too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from initaudit.graph.constness import constant_nodes
+from initaudit.graph.from_torch import from_module
+from initaudit.probe.observe import SignalObserver
+from initaudit.probe.passes import Pass, backward, batch_of, cotangents
+from initaudit.probe.run import probe
+
+
+class Bottleneck(nn.Module):
+    def __init__(self, inside: int, width: int, stride: int) -> None:
+        super().__init__()
+        out = 4 * width
+        self.body = nn.Sequential(
+            nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out),
+        )  # fmt: skip
+        same = inside == out and stride == 1
+        self.skip = nn.Identity() if same else nn.Sequential(nn.Conv2d(inside, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + self.skip(x))
+
+
+def resnet() -> nn.Module:
+    """ResNet-50's stages (3, 4, 6, 3 bottlenecks of 64 to 512)."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    inside = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for block in range(blocks):
+            layers.append(Bottleneck(inside, 64 << stage, 2 if block == 0 and stage > 0 else 1))
+            inside = 256 << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inside, 1000))
+
+
+def transformer() -> nn.Module:
+    """Twelve pre-norm layers of width 512."""
+    layers = [nn.TransformerEncoderLayer(512, 8, 2048, 0.0, "gelu", batch_first=True, norm_first=True) for _ in range(12)]
+    return nn.Sequential(nn.Linear(64, 512), *layers, nn.LayerNorm(512), nn.Linear(512, 1000))
+
+
+MODELS = {"resnet-50": (resnet, (8, 3, 96, 96)), "transformer-12": (transformer, (8, 96, 64))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cuda = arguments.device == "cuda"
+    # With one thread, the time of the process is not disturbed by what else the machine does.
+    clock = time.perf_counter if cuda else time.process_time
+    for name, (build, shape) in MODELS.items():
+        torch.manual_seed(0)
+        module, x = build(), torch.randn(shape)
+        graph = from_module(module, (x,))
+        module, x = module.to(arguments.device), x.to(arguments.device)
+        drawn = cotangents([module(x)], batch_of([x]), torch.Generator().manual_seed(0))
+
+        def plain(module: nn.Module = module, x: torch.Tensor = x, drawn: list[torch.Tensor] = drawn) -> None:
+            module.zero_grad()
+            (module(x) * drawn[0]).sum().backward()
+
+        def record(graph=graph, x=x, drawn=drawn) -> None:  # noqa: ANN001
+            constant = constant_nodes(graph.fx)
+            run = Pass(graph, constant, device=x.device, observers=(SignalObserver(graph.fx, constant),))
+            run.run(x)
+            backward(run, run.ends(), drawn, keep=False)
+
+        def whole(graph=graph, x=x) -> None:  # noqa: ANN001
+            probe(graph, (x,), device=x.device)
+
+        taken: dict[str, list[float]] = {"plain": [], "record": [], "probe": []}
+        peak: dict[str, float] = {}
+        for _ in range(arguments.repeat + 1):
+            for label, call in (("plain", plain), ("record", record), ("probe", whole)):
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                start = clock()
+                call()
+                if cuda:
+                    torch.cuda.synchronize()
+                    peak[label] = torch.cuda.max_memory_allocated()
+                taken[label].append(clock() - start)
+        median = {label: statistics.median(times[1:]) for label, times in taken.items()}
+        ratios = "  ".join(f"{label} {median[label] / median['plain']:.2f}x" for label in ("record", "probe"))
+        memory = "  ".join(f"memory of {label} {peak[label] / peak['plain']:.2f}x" for label in peak if label != "plain")
+        print(f"{name:16} {ratios}  {memory}")
+
+
+if __name__ == "__main__":
+    main()
