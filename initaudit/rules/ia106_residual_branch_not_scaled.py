@@ -28,7 +28,8 @@ class ResidualBranchNotScaled(Rule):
     What it does: finds the matrices that write into a residual stream (a sum which is also carried on), and compares their
     spread with that of the matrices inside the branches. Where all are drawn with one standard deviation whatever their size,
     as in the GPT-2 family, the convention divides the last one of each branch by the square root of the number of branches. A
-    warning where the scaled matrix is another one, or where the stream grows a thousandfold; else a remark.
+    warning where the scaled matrix is another one, where only some of the branches are scaled, or where the stream grows a
+    thousandfold; else a remark.
 
     Why it is bad: every branch adds its variance to the stream. After L blocks the stream is 2L times as strong as one branch,
     and what later blocks add drowns in it, the more so the deeper the stack.
@@ -62,6 +63,8 @@ class ResidualBranchNotScaled(Rule):
         wrong = _wrong(stack)
         spread = writer.moments.std if wrong else stack.spread
         unscaled = [x for x in stack.writers if abs(x.moments.std / spread - 1) < SIGMAS * error_of(x) + 0.02]
+        if not wrong and stack.uniform and 0 < len(unscaled) < count:
+            yield from self._some(stack, unscaled)
         if len(unscaled) < count or (not wrong and not stack.uniform):
             return
         grown = stack.growth > _GROWN
@@ -92,6 +95,26 @@ class ResidualBranchNotScaled(Rule):
             **fields(writer),
         )
 
+    def _some(self, stack: _Stack, unscaled: list[LayerEvidence]) -> Iterator[Finding]:
+        """Branches of one kind were scaled, those of another were not."""
+        count = len(stack.writers)
+        scaled = [x for x in stack.writers if _scaled(x, stack.spread, count)]
+        # One layer that is left out of many is an odd one among its siblings.
+        if len(scaled) + len(unscaled) < count or min(len(scaled), len(unscaled)) < count / 4:
+            return
+        first, usual = unscaled[0], scaled[0].moments.std
+        yield self.finding(
+            f"{len(scaled)} of {count} matrices that return to the residual stream have the standard deviation {usual:.3g}, "
+            f"{usual / stack.spread:.2g} of that of all others, as 1/sqrt of the number of branches would give; the other "
+            f"{len(unscaled)}, as {names(unscaled, 2)}, have {first.moments.std:.3g} like the rest: the convention "
+            "was applied to a part of the branches, and the others decide how the stream grows",
+            f"torch.nn.init.normal_({parameter(first.tensor)}, std={usual:.3g})  # and the like in each branch",
+            measured=first.moments.std,
+            expected=usual,
+            related=tuple(x.tensor for x in unscaled[1:]),
+            **fields(first),
+        )
+
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
         """Scaled branches, gated branches, and a shallow stack."""
@@ -107,6 +130,7 @@ class ResidualBranchNotScaled(Rule):
         return (
             example("N(0, 0.02) throughout", lambda: residual(10)),
             example("the first matrix of each branch scaled", lambda: residual(10, change=lambda m: _scale(m, last=False))),
+            example("every other branch scaled", lambda: residual(10, change=_every_other)),
         )
 
 
@@ -129,15 +153,17 @@ def _stack(evidence: Evidence) -> _Stack | None:
     nodes = {n.name: n for n in evidence.graph.fx.nodes}
     writers, others = [], []
     sums: list[fx.Node] = []
+    streams: set[fx.Node] = set()
     for layer in fresh_layers(evidence, "contraction"):
         if not layer.moments.m2 > 0:
             continue
-        end = _sum_behind(nodes.get(layer.pair.node))
+        end = _sum_behind(nodes.get(layer.pair.node), streams)
         if end is None:
             others.append(layer)
         else:
             writers.append(layer)
             sums.append(end)
+            streams.add(end)
     if len(writers) < _DEEP or not others:
         return None
     stds = sorted(x.moments.std for x in others)
@@ -152,8 +178,12 @@ def _stack(evidence: Evidence) -> _Stack | None:
     return _Stack(writers, others, spread, uniform, growth)
 
 
-def _sum_behind(node: fx.Node | None) -> fx.Node | None:
-    """The sum that a matrix's output goes to unchanged, where that sum is carried on past the next block; None for another."""
+def _sum_behind(node: fx.Node | None, streams: set[fx.Node]) -> fx.Node | None:
+    """The sum that a matrix's output goes to unchanged and that is carried on past the next block; None for another.
+
+    Several branches may be added one by one (attention and MLP side by side). `streams` are the sums known so far: behind the
+    last block nothing is carried on, but one summand is such a sum.
+    """
     from initaudit.graph.calls import role_of
 
     for _ in range(_STEPS):
@@ -163,8 +193,9 @@ def _sum_behind(node: fx.Node | None) -> fx.Node | None:
         role = role_of(user)
         name = (role.name or getattr(user.target, "__name__", "")).lower()
         if name in ("add", "add_", "sum") and len(user.all_input_nodes) == 2:
-            if all(a.op != "get_attr" for a in user.all_input_nodes):
-                return user if len(user.users) > 1 else None
+            live = all(a.op != "get_attr" for a in user.all_input_nodes)
+            if live and (len(user.users) > 1 or any(a in streams for a in user.all_input_nodes)):
+                return user
         elif role.kind != "passthrough":
             return None
         node = user
@@ -193,3 +224,9 @@ def _scale(model: Any, *, last: bool) -> None:
     for layer in blocks:
         if (layer.in_features > layer.out_features) == last:
             layer.weight.div_(math.sqrt(len(blocks) / 2))
+
+
+def _every_other(model: Any) -> None:
+    last = [x for x in linear(model) if x.in_features == 4 * x.out_features]
+    for layer in last[::2]:
+        layer.weight.div_(math.sqrt(len(last)))

@@ -11,6 +11,7 @@ import numpy as np
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.structure import is_tie
 from initaudit.rules.support import fields, fresh_layers, init_line, initial, names
 
 # A drawn weight of this many elements has nearly as many different values; tables of a formula and identities have few.
@@ -50,7 +51,7 @@ class IdenticalLayers(Rule):
         if not initial(evidence):
             return
         drawn = [x for x in fresh_layers(evidence, "contraction", "recurrent", "embedding") if _drawn(x)]
-        groups = [g for g in self._groups(evidence, drawn) if len({x.tensor for x in g}) > 1]
+        groups = [g for g in self._groups(evidence, drawn) if len({x.tensor for x in g}) > 1 and not is_tie(g)]
         if not groups:
             yield from self._same_seed(evidence, drawn)
             return
@@ -79,7 +80,7 @@ class IdenticalLayers(Rule):
         same = np.abs(matrix @ matrix.T) > _ALIKE
         first = int(np.argmax(same.sum(axis=0)))
         group = [layers[i] for i in np.flatnonzero(same[first])]
-        if len(group) < 2:
+        if len(group) < 2 or is_tie(group):
             return
         yield self.finding(
             f"{names(group)} begin with the same {_START} numbers up to a factor: they were drawn from the same seed, and "

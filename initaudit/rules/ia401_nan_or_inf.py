@@ -8,6 +8,7 @@ from initaudit.location import NOWHERE
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example
 from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.structure import is_mask
 
 
 class NanOrInf(Rule):
@@ -35,7 +36,9 @@ class NanOrInf(Rule):
         """One finding for all tensors, at the first."""
         used = {c for x in evidence.layers for c in x.pair.constants} | {x.tensor for x in evidence.layers}
         bad = {
-            name: m for name, m in evidence.tensors.items() if m.nan or (m.inf and (name in used or _trainable(evidence, name)))
+            name: m
+            for name, m in evidence.tensors.items()
+            if m.nan or (m.inf and (name in used or _trainable(evidence, name)) and not is_mask(evidence, name))
         }
         if not bad:
             return

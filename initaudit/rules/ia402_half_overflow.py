@@ -9,6 +9,7 @@ from typing import Any
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
 from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.structure import is_mask
 from initaudit.rules.support import fields, init_line, names, parameter
 
 HALF = 65504.0  # the largest float16 (IEEE 754-2008, table 3.5)
@@ -69,7 +70,7 @@ class HalfOverflow(Rule):
         large = {
             n: max(abs(m.min), abs(m.max))
             for n, m in evidence.tensors.items()
-            if m.count and max(abs(m.min), abs(m.max)) > HALF and _is_weight(evidence, n)
+            if m.count and max(abs(m.min), abs(m.max)) > HALF and _is_weight(evidence, n) and not is_mask(evidence, n)
         }
         if not large:
             return

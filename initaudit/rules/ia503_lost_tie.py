@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example
 from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.structure import is_tie
+from initaudit.rules.support import fields, to_output
+
+# Two tables that were drawn or trained apart share no row; half of the rows survive a resized vocabulary or some training.
+_SHARED = 0.5
+# What the configurations of transformers call the width of the embedding.
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 
 
 class LostTie(Rule):
-    """The configuration ties the output layer to the input embedding, and the two differ.
+    """The output layer and the input embedding should be one parameter, and are two.
 
     What it does: asks the module for its configuration, its input and its output embedding, and compares their values where the
-    configuration says that they are one; for a checkpoint without a module, what its loader found.
+    configuration says that they are one; for a folder with a config.json, compares the tables of that size. Without a
+    configuration it reports a table and an output layer of one shape that still share most of their rows.
 
     Why it is bad: the head is not what the model was trained with. Generated text is noise, or a little worse than it was.
 
@@ -36,7 +46,8 @@ class LostTie(Rule):
         for problem in evidence.checkpoint.problems:
             if problem.code == self.code:
                 yield self.finding(problem.message, "tie the weights again: model.tie_weights()", tensor=problem.tensor)
-        found = _untied(evidence.checkpoint.program)
+        yield from self._copies(evidence)
+        found = _untied(evidence.checkpoint.program) or _in_folder(evidence)
         if found is not None:
             name, difference = found
             yield self.finding(
@@ -48,6 +59,29 @@ class LostTie(Rule):
                 measured=difference,
                 expected=0.0,
             )
+
+    def _copies(self, evidence: Evidence) -> Iterator[Finding]:
+        """A table and an output layer that are two parameters with the same rows: copied, where they were to be shared."""
+        arrays = evidence.checkpoint.arrays
+        config = getattr(evidence.checkpoint.program, "config", None)
+        if evidence.checkpoint.format != "module" or getattr(config, "tie_word_embeddings", None) is not None:
+            return
+        tables = [x for x in evidence.layers if x.pair.role == "embedding" and x.moments.m2 > 0 and x.tensor in arrays]
+        heads = [x for x in evidence.layers if x.pair.role == "contraction" and to_output(x) and x.tensor in arrays]
+        for table, head in ((t, h) for t in tables for h in heads if t.pair.shape == h.pair.shape and is_tie((t, h))):
+            if arrays[table.tensor].storage == arrays[head.tensor].storage or not (table.pair.stored and head.pair.stored):
+                continue
+            a, b = table.read(), head.read()
+            same = float(np.mean((a == b).all(axis=1) & a.astype(bool).any(axis=1)))
+            if same > _SHARED:
+                yield self.finding(
+                    f"{100 * same:.0f} % of the rows of {head.tensor} and of {table.tensor} are equal, but the two are "
+                    "separate parameters: copied where they were to be shared, they drift apart with the first step",
+                    f"model.{head.tensor} = model.{table.tensor}",
+                    measured=same,
+                    related=(table.tensor,),
+                    **fields(head),
+                )
 
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
@@ -79,6 +113,29 @@ def _untied(module: Any) -> tuple[str, float] | None:
     difference = float((a - b).norm() / max(float(a.norm()), 1e-30))
     name = next((n for n, p in module.named_parameters() if p is second), "output embedding")
     return (name, difference) if difference > 0 else None
+
+
+def _in_folder(evidence: Evidence) -> tuple[str, float] | None:
+    """The same for weights beside a config.json: tables of vocabulary by width that are not one and not equal."""
+    config = evidence.checkpoint.metadata.get("config")
+    if evidence.checkpoint.program is not None or not isinstance(config, Mapping):
+        return None
+    if config.get("tie_word_embeddings") is not True:
+        return None
+    width = next((config[k] for k in _WIDTHS if isinstance(config.get(k), int)), None)
+    tables = [
+        a for a in evidence.checkpoint.arrays.values() if a.shape == (config.get("vocab_size"), width) and "float" in a.dtype
+    ]
+    single = list({a.storage or a.name: a for a in tables}.values())
+    # More than a table for each side and a head are other matrices that happen to have this shape.
+    if not 1 < len(single) < 5:
+        return None
+    first = single[0].read().astype(np.float32)
+    for other in single[1:]:
+        difference = float(np.linalg.norm(other.read().astype(np.float32) - first) / max(float(np.linalg.norm(first)), 1e-30))
+        if difference > 0:
+            return other.name, difference
+    return None
 
 
 def _model(*, tied: bool) -> Any:

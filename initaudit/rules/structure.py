@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.support import to_output
 
 if TYPE_CHECKING:
     from torch import fx
@@ -43,6 +44,13 @@ def last_layers(evidence: Evidence) -> frozenset[str]:
             found.add(at[node.name])
             before.add(node)
     return frozenset(found)
+
+
+def is_tie(layers: Sequence[LayerEvidence]) -> bool:
+    """Whether these are a table and the layer that makes the output from it: the two places of a tied embedding."""
+    tables = [x for x in layers if x.pair.role == "embedding"]
+    heads = [x for x in layers if x.pair.role == "contraction" and to_output(x)]
+    return bool(tables) and bool(heads) and len(tables) + len(heads) == len(layers)
 
 
 def readers(evidence: Evidence, layer: LayerEvidence) -> tuple[LayerEvidence, ...]:
@@ -86,3 +94,14 @@ def _behind(start: fx.Node) -> Iterator[fx.Node | None]:
                 stack.append(user)
             else:
                 yield None
+
+
+def is_mask(evidence: Evidence, name: str) -> bool:
+    """Whether a tensor holds zeros and one other, negative number only: an attention mask that a file keeps as a tensor."""
+    array, moments = evidence.checkpoint.arrays.get(name), evidence.tensors.get(name)
+    if array is None or moments is None or moments.nan or len(array.shape) < 2 or max(moments.max, 0.0) > 0:
+        return False
+    if moments.count + moments.inf != array.size or not moments.zeros:
+        return False
+    values = array.read().ravel()
+    return len({float(v) for v in values[:: max(1, values.size // 4096)]}) <= 2
