@@ -168,6 +168,13 @@ def _tensordot(call: Mapping[str, Any]) -> tuple[WeightUse, ...]:
     return ()
 
 
+def _grouped_product(call: Mapping[str, Any]) -> tuple[WeightUse, ...]:
+    """One matrix an expert, rows of the data sorted by expert."""
+    name = "weight" if "weight" in call else "mat2"
+    shape = call[name].shape
+    return (WeightUse(name, ("n", "i", "o"), "linear", bias="bias"),) if shape is not None and len(shape) == 3 else ()
+
+
 def _conv_tbc(_: Mapping[str, Any]) -> tuple[WeightUse, ...]:
     return (WeightUse("weight", ("k", "i", "o"), "conv", bias="bias"),)
 
@@ -194,6 +201,10 @@ ROLES: Mapping[str, Role] = {
     "inner": _role("contraction", "matmul", ("self", "other"), _inner),
     "tensordot": _role("contraction", "matmul", ("self", "other"), _tensordot),
     "einsum": _role("contraction", "einsum", ("tensors",), _einsum),
+    **dict.fromkeys(
+        ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"),
+        _role("contraction", "matmul", ("self", "input", "mat2", "weight"), _grouped_product),
+    ),
     "conv_tbc": _role("contraction", "conv", ("self",), _conv_tbc),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), _CONVOLUTION),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _TRANSPOSED),
@@ -284,7 +295,10 @@ def _tags(name: str) -> set[torch.Tag]:
 
 
 def aten_role(target: torch._ops.OpOverload) -> Role:
-    """The role of an ATen overload: by name where it is a weight's consumer or special, else by its tags and alias schema."""
+    """The role of an overload: by name where it is a weight's consumer or special, else by its tags and alias schema.
+
+    A library's own operator of a name that ATen or this table has is taken to compute the same.
+    """
     name = base_name(target)
     if name in ROLES:
         return ROLES[name]
