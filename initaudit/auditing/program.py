@@ -13,10 +13,11 @@ from initaudit.auditing.layers import layer_evidence, norm_parameters
 from initaudit.auditing.recognition import in_company, with_recognition
 from initaudit.config import Config
 from initaudit.errors import InitauditError, UsageError
+from initaudit.graph.calls import role_of
 from initaudit.graph.execute import specialise
 from initaudit.graph.from_onnx import from_onnx
 from initaudit.graph.from_torch import from_module
-from initaudit.graph.graph import Graph
+from initaudit.graph.graph import Graph, location_of
 from initaudit.load.checkpoint import Checkpoint
 from initaudit.measure.moments import Moments
 from initaudit.onnx_ops.budget import Budget, metered
@@ -57,7 +58,7 @@ class Program:
     def _probe(self) -> tuple[Trace | None, Risk | None, str]:
         if not self.config.probe:
             return None, None, "--no-probe was given"
-        if self.inputs is None:
+        if self.inputs is None or self.no_probe:
             return None, None, self.no_probe
         self.progress("probing")
         device = None if self.config.device in ("auto", "cpu") else self.config.device
@@ -114,7 +115,17 @@ def _onnx(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callabl
         except InitauditError as error:
             return Program(checkpoint, config, graph, None, str(error), progress)
         graph = specialise(graph, given)
-    return Program(checkpoint, config, graph, given, "", progress)
+    return Program(checkpoint, config, graph, given, _integers(graph), progress)
+
+
+def _integers(graph: Graph) -> str:
+    """Why no gradient passes through products of integers, where the loader could not put them back in floating point."""
+    names = ("matmul_integer", "conv_integer", "qlinear_conv", "qlinear_matmul")
+    found = [n for n in graph.fx.nodes if n.op == "call_function" and role_of(n).name in names]
+    if not found:
+        return ""
+    sites = ", ".join(dict.fromkeys(location_of(n).site or n.name for n in found[:3]))
+    return f"{len(found)} operators compute with integers whose scale the graph does not tell ({sites})"
 
 
 def _inputs(graph: Graph, config: Config, inputs: Any) -> tuple[torch.Tensor, ...]:

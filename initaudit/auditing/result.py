@@ -89,9 +89,15 @@ def _layer(evidence: Evidence, layer: LayerEvidence) -> Layer:
         else (),
         phase=layer.recognition.verdict if layer.recognition else "unknown",
         probe=_probe(evidence, layer),
-        provenance=pair.provenance,
+        provenance=(*_packing(evidence, layer), *pair.provenance),
         location={"file": pair.location.file, "line": pair.location.line},
     )
+
+
+def _packing(evidence: Evidence, layer: LayerEvidence) -> tuple[str, ...]:
+    """How a weight is packed that is stored as integers and was dequantised to be looked at."""
+    array = evidence.checkpoint.arrays.get(layer.pair.tensor)
+    return (f"dequantized from {array.quantized}",) if array is not None and array.quantized else ()
 
 
 def _activations(layer: LayerEvidence) -> list[Activation]:

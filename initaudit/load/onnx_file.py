@@ -20,6 +20,8 @@ import numpy as np
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
+from initaudit.load.onnx_fused import is_fused, unfused
+from initaudit.load.onnx_quantized import in_floats, is_quantized
 from initaudit.load.onnx_structure import check_structure, node_label, schema_problems, subgraphs
 from initaudit.load.onnx_tensors import STRING, sparse_array, tensor_array
 from initaudit.load.onnx_wire import check_messages, looks_like_model, without_weights
@@ -116,6 +118,11 @@ def _checkpoint(
                 problems.append(Problem("IA001", key, str(error)))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UnreadableModel(where, f"not a valid ONNX model ({reason(error)})") from error
+    if is_fused(model):
+        model = unfused(model)
+    if is_quantized(model):
+        model, arrays, note = in_floats(model, arrays)
+        notes.append(note)
     if model.training_info:
         notes.append("training_info is not read: the weights are those of the inference graph")
     return Checkpoint(source, FORMAT, arrays, model, tuple(problems), metadata=_metadata(model), notes=tuple(notes))

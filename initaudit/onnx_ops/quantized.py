@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from initaudit.errors import UnsupportedOperator
-from initaudit.onnx_ops.conv import Conv
+from initaudit.onnx_ops.conv import Conv, conv_weights
+from initaudit.onnx_ops.linear import matmul_weights
 from initaudit.onnx_ops.registry import operator
 from initaudit.onnx_ops.shape import to_type
 from initaudit.onnx_ops.tensors import INT2, INT4, NARROW, UINT2, UINT4, normal_axis, together, torch_type
@@ -108,14 +109,14 @@ def _centred_left(a: Tensor, zero_point: Tensor | None) -> Tensor:
     return _centred(a, zero_point, max(a.ndim - 2, 0))
 
 
-@operator(Role("contraction", "matmul_integer", data=("a", "b")))
+@operator(Role("contraction", "matmul_integer", data=("a", "b"), weights=matmul_weights))
 def MatMulInteger(a: Tensor, b: Tensor, a_zero_point: Tensor | None = None, b_zero_point: Tensor | None = None) -> Tensor:
     """(a - zero point) (b - zero point) as int32."""
     a, b = together(a, b)
     return (_centred_left(a, a_zero_point) @ _centred(b, b_zero_point, b.ndim - 1)).to(torch.int32)
 
 
-@operator(Role("contraction", "qlinear_matmul", data=("a", "b")))
+@operator(Role("contraction", "qlinear_matmul", data=("a", "b"), weights=matmul_weights))
 def QLinearMatMul(
     a: Tensor,
     a_scale: Tensor,
@@ -135,7 +136,7 @@ def QLinearMatMul(
     return _rounded(value, point, y_zero_point.dtype)
 
 
-@operator(Role("contraction", "conv_integer", data=("x",)))
+@operator(Role("contraction", "conv_integer", data=("x",), weights=conv_weights))
 def ConvInteger(
     x: Tensor,
     w: Tensor,
@@ -155,7 +156,7 @@ def ConvInteger(
     return torch.round(Conv(value, kernel, **sweep)).to(torch.int32)  # type: ignore[arg-type]
 
 
-@operator(Role("contraction", "qlinear_conv", data=("x",)))
+@operator(Role("contraction", "qlinear_conv", data=("x",), weights=conv_weights))
 def QLinearConv(
     x: Tensor,
     x_scale: Tensor,
