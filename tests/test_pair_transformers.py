@@ -5,8 +5,6 @@ The judge runs forward and follows tensors by identity (see `watched`); what its
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import transformers
@@ -100,13 +98,6 @@ CASES = {
     "HubertModel": (SPEECH, "wave", "gelu"),
     "WavLMModel": (SPEECH, "wave", "gelu"),
 }  # fmt: skip
-# One of each kind; the others run where everything is asked for.
-LANGUAGE = """GPT2LMHeadModel GPTNeoXForCausalLM BloomForCausalLM OPTForCausalLM FalconForCausalLM LlamaForCausalLM
-Qwen3ForCausalLM GemmaForCausalLM NemotronForCausalLM MixtralForCausalLM Qwen2MoeForCausalLM MambaForCausalLM BertModel
-AlbertModel DistilBertModel T5Model MT5Model BartModel"""
-OTHERS = """WhisperModel ViTModel CLIPVisionModel SwinModel ConvNextModel ResNetModel RegNetModel MobileNetV1Model
-MobileNetV2Model EfficientNetModel Wav2Vec2Model HubertModel"""
-CHOSEN = list(CASES) if os.environ.get("INITAUDIT_ALL_ARCHITECTURES") else [*LANGUAGE.split(), *OTHERS.split()]
 
 
 def small(name):
@@ -128,7 +119,7 @@ def small(name):
     return model, *inputs[kind]
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", CASES)
 def test_weights_are_paired_with_the_activations_that_forward_calls(name):
     with torch.random.fork_rng(devices=[]), quiet():
         model, inputs, keywords = small(name)

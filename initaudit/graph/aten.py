@@ -237,8 +237,9 @@ ROLES: Mapping[str, Role] = {
     "_safe_softmax": _role("softmax", "softmax", ("self",)),
     "log_softmax": _role("softmax", "log_softmax", ("self",)),
     "_log_softmax": _role("softmax", "log_softmax", ("self",)),
-    "scaled_dot_product_attention": _role("attention", "attention", ("query", "key", "value")),
+    "scaled_dot_product_attention": _role("attention", "attention", ("query", "key", "value", "attn_mask")),
     "glu": _role("pointwise", "glu", ("self",)),
+    "where": _role("pointwise", "where", ("self", "other")),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack", "hstack", "vstack"), _MERGE),
     "scatter": _role("merge", "scatter", ("self", "src")),
     "scatter_add": _role("merge", "scatter", ("self", "src")),
@@ -253,7 +254,7 @@ ROLES: Mapping[str, Role] = {
 
 # Operators whose first argument carries the signal and that differ in nothing else that matters here.
 _FAMILIES: tuple[tuple[Kind, str], ...] = (
-    ("pointwise", "prelu log_sigmoid hardswish relu6 mish special_expit rsub masked_fill where"),
+    ("pointwise", "prelu log_sigmoid hardswish relu6 mish special_expit rsub masked_fill"),
     ("pooling", "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices"),
     ("pooling", "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d"),
     ("pooling", "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d fractional_max_pool2d"),

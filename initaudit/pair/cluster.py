@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from initaudit.graph.calls import role_of
+from initaudit.graph.calls import role_of, signal_inputs
 from initaudit.graph.graph import shape_of
 from initaudit.pair.activation import LINEAR, Activation, recognise
 from initaudit.pair.evaluate import ConstantReader, run
@@ -96,8 +96,10 @@ def pointwise_cluster(start: fx.Node, constant: Set[fx.Node], constants: Constan
     for node in _followers(start):
         if not _elementwise(node):
             continue
-        carried = any(i in inside for i in node.all_input_nodes)
-        others = [i for i in node.all_input_nodes if i not in inside]
+        # What a cast is like lends its type only: it is neither the signal nor a number in the formula.
+        given = signal_inputs(node) if role_of(node).kind == "passthrough" else tuple(node.all_input_nodes)
+        carried = any(i in inside for i in given)
+        others = [i for i in given if i not in inside]
         if carried and all(i in constant and constants.size(i) == 1 for i in others) and not _shut(node, others, constants):
             inside.add(node)
             order.append(node)

@@ -84,12 +84,14 @@ def run(nodes: Iterable[fx.Node], start: fx.Node, value: torch.Tensor, constants
 
     with torch.no_grad():
         for node in nodes:
+            name = getattr(node.target, "__name__", "").partition(".")[0]
+            if name in _CASTS and _floats(node) and isinstance(node.args[0], fx.Node):
+                cast = read(node.args[0])
+                if cast.is_floating_point():
+                    values[node] = cast
+                    continue
             args: Any
             args, kwargs = fx.map_arg((node.args, node.kwargs), read)
-            name = getattr(node.target, "__name__", "").partition(".")[0]
-            if name in _CASTS and args[0].is_floating_point() and _floats(node):
-                values[node] = args[0]
-                continue
             if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and args:
                 args = (args[0].clone(), *args[1:])
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
