@@ -27,13 +27,14 @@ def constant_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
         if fixed:
             constant.add(node)
     live: set[fx.Node] = set()
+    seen: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         if node in constant:
             continue
         as_weight = {use.weight for use in weight_uses(node, constant)}
         for signal in signal_inputs(node):
             if signal in constant and signal not in as_weight:
-                _mark_live(signal, constant, live, {})
+                _mark_live(signal, constant, live, seen)
     return frozenset(constant - live)
 
 
@@ -51,8 +52,7 @@ def _mark_live(node: fx.Node, constant: set[fx.Node], live: set[fx.Node], seen: 
         order.append(current)
         as_weight = {use.weight for use in weight_uses(current, constant)}
         stack.extend(a for a in current.all_input_nodes if a not in as_weight)
-    depth = {n: i for i, n in enumerate(node.graph.nodes)} if len(order) > 1 else {node: 0}
-    for current in sorted(order, key=lambda n: depth[n]):
+    for current in sorted(order):
         layer = current.op == "call_function" and role_of(current).kind in ("contraction", "embedding", "recurrent")
         seen[current] = (layer and bool(weight_uses(current, constant))) or any(seen.get(a) for a in current.all_input_nodes)
         if seen[current]:

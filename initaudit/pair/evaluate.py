@@ -31,8 +31,7 @@ class ConstantReader:
                 needed.add(current)
                 stack.extend(current.all_input_nodes)
         values: dict[fx.Node, Any] = {}
-        order = [n for n in self.graph.fx.nodes if n in needed] if len(needed) > 1 else [node]
-        for current in order:
+        for current in sorted(needed):
             value = self._one(current, values)
             values[current] = value
             if not isinstance(value, torch.Tensor) or value.numel() <= self._KEEP:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,4 +70,8 @@ class Evidence:
 
     def layer(self, tensor: str) -> LayerEvidence | None:
         """The first layer that uses a tensor of this name."""
-        return next((found for found in self.layers if found.pair.tensor == tensor), None)
+        return self._by_tensor.get(tensor)
+
+    @functools.cached_property
+    def _by_tensor(self) -> Mapping[str, LayerEvidence]:
+        return {found.pair.tensor: found for found in reversed(self.layers)}

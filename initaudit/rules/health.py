@@ -7,6 +7,7 @@ were trained under five learning rates.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,11 +98,11 @@ def health(evidence: Evidence) -> Health:
     contrast = min((flow.contrast[n] for n in flow.last if n in flow.contrast), default=1.0)
     inputs = {n.name: [a.name for a in n.all_input_nodes] for n in evidence.graph.fx.nodes}
 
-    def at(layer: LayerEvidence, values: dict[str, float]) -> list[float]:
+    def at(layer: LayerEvidence, values: Mapping[str, float]) -> list[float]:
         return [values[name] for name in inputs.get(layer.pair.node, ()) if name in values]
 
-    gradients = [(min(found), x) for x in layers if (found := at(x, dict(flow.gradient)))]
-    grown = [(max(found), x) for x in layers if (found := at(x, dict(flow.gradient_growth)))]
+    gradients = [(min(found), x) for x in layers if (found := at(x, flow.gradient))]
+    grown = [(max(found), x) for x in layers if (found := at(x, flow.gradient_growth))]
     # A norm right behind a layer undoes its growth; one that comes later leaves the layers between to suffer from it.
     sizes = [(flow.growth[x.pair.node], x) for x in layers if x.pair.node in flow.growth and not normalised(x)]
     low = min((g for g in gradients if g[0] > 0), key=lambda g: g[0], default=(1.0, None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -167,7 +168,7 @@ def _stack(evidence: Evidence) -> _Stack | None:
     if len(writers) < _DEEP or not others:
         return None
     stds = sorted(x.moments.std for x in others)
-    spread = max(stds, key=lambda s: sum(abs(t / s - 1) < 0.05 for t in stds))
+    spread = max(stds, key=lambda s: bisect_left(stds, 1.05 * s) - bisect_right(stds, 0.95 * s))
     usual = [x for x in others if abs(x.moments.std / spread - 1) < 0.05]
     fans = [x.pair.fan_in for x in (*usual, *writers)]
     uniform = 2 * len(usual) > len(others) and max(fans) > 1.5 * min(fans)

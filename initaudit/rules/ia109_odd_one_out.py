@@ -143,8 +143,10 @@ def _odd(siblings: list[LayerEvidence]) -> tuple[list[LayerEvidence], list[Layer
     for law in _LAWS[:1] if one_shape else _LAWS:
         ordered = sorted(siblings, key=lambda x: x.moments.variance * law(x))
         middle = ordered[len(ordered) // 2]
-        odd = [x for x in siblings if _distance(x, middle, law) > _FACTOR]
-        agree = [x for x in siblings if x not in odd]
+        odd: list[LayerEvidence] = []
+        agree: list[LayerEvidence] = []
+        for x in siblings:
+            (odd if _distance(x, middle, law) > _FACTOR else agree).append(x)
         if len(odd) > max(1, _APART * len(siblings)) or len(agree) < _SIBLINGS:
             continue
         close = all(_distance(x, middle, law, slack=True) == 1 for x in agree)

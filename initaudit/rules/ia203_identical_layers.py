@@ -76,10 +76,7 @@ class IdenticalLayers(Rule):
         if len(starts) < 2:
             return
         layers = [x for x, _ in starts.values()]
-        matrix = np.stack([start for _, start in starts.values()])
-        same = np.abs(matrix @ matrix.T) > _ALIKE
-        first = int(np.argmax(same.sum(axis=0)))
-        group = [layers[i] for i in np.flatnonzero(same[first])]
+        group = [layers[i] for i in _most_alike(np.stack([start for _, start in starts.values()]))]
         if len(group) < 2 or is_tie(group):
             return
         yield self.finding(
@@ -145,6 +142,27 @@ def _start(layer: LayerEvidence) -> np.ndarray[Any, Any] | None:
         return None
     unit: np.ndarray[Any, Any] = start / norm
     return unit
+
+
+def _most_alike(starts: np.ndarray[Any, Any]) -> list[int]:
+    """The largest group of rows of `starts` (rows of norm 1) that are alike up to sign, in order.
+
+    Comparing all pairs would cost the square of their number. Rows that are alike lie on the same side of their medians in
+    nearly all places, so only those are compared that do in all places of one of two halves.
+    """
+    best: list[int] = []
+    above = starts > np.median(starts, axis=1, keepdims=True)
+    for half in (above[:, ::2], above[:, 1::2]):
+        buckets: dict[bytes, list[int]] = {}
+        for place, key in enumerate(np.packbits(half ^ half[:, :1], axis=1)):
+            buckets.setdefault(key.tobytes(), []).append(place)
+        for bucket in buckets.values():
+            left = np.array(bucket)
+            while len(left) > max(1, len(best)):
+                alike = np.abs(starts[left] @ starts[left[0]]) > _ALIKE
+                best = left[alike].tolist() if np.count_nonzero(alike) > len(best) else best
+                left = left[~alike]
+    return best
 
 
 def _copy(model: Any) -> None:

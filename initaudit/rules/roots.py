@@ -8,7 +8,7 @@ severity of the worst that it explains.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.rule import SEVERITIES, Finding
@@ -61,30 +61,27 @@ def findings_of(evidence: Evidence) -> list[Finding]:
 
 def fold(findings: Iterable[Finding]) -> list[Finding]:
     """What remains once every finding that another explains is folded into that; folding again changes nothing."""
-    left = list(findings)
+    left = dict(enumerate(findings))
     for cause, anywhere, same in CAUSES:
-        roots = [f for f in left if f.code == cause and f.severity != "info"]
+        roots = [place for place, f in left.items() if f.code == cause and f.severity != "info"]
         if not roots:
             continue
-        explained = [f for f in left if f.code != cause and (f.code in anywhere or f.code in same)]
-        for finding in explained:
-            root = _root_of(finding, roots, anywhere=finding.code in anywhere)
-            if root is None:
-                continue
-            left.remove(finding)
-            place = next(i for i, f in enumerate(left) if f is root)
-            left[place] = _with(root, finding)
-            roots = [left[place] if f is root else f for f in roots]
-    return sorted(left, key=lambda f: SEVERITIES.index(f.severity))
+        # The first root about each tensor; a damaged checkpoint may have a finding for every one of its tensors.
+        about: dict[str, int] = {}
+        for place in roots:
+            for tensor in _tensors(left[place]):
+                about.setdefault(tensor, place)
+        explained = [(place, f) for place, f in left.items() if f.code != cause and f.code in (*anywhere, *same)]
+        for place, finding in explained:
+            shared = (about[tensor] for tensor in _tensors(finding) if tensor in about)
+            root = min(shared, default=roots[0] if finding.code in anywhere else None)
+            if root is not None:
+                left[root] = _with(left[root], left.pop(place))
+    return sorted(left.values(), key=lambda f: SEVERITIES.index(f.severity))
 
 
-def _root_of(finding: Finding, roots: Sequence[Finding], *, anywhere: bool) -> Finding | None:
-    """The cause of a finding: one that shares a tensor with it, or the first where the consequence may be anywhere."""
-    tensors = {finding.tensor, *finding.related} - {""}
-    for root in roots:
-        if tensors & {root.tensor, *root.related}:
-            return root
-    return roots[0] if anywhere else None
+def _tensors(finding: Finding) -> set[str]:
+    return {finding.tensor, *finding.related} - {""}
 
 
 def _with(root: Finding, consequence: Finding) -> Finding:

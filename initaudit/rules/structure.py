@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
-from initaudit.rules.support import to_output
+from initaudit.rules.support import to_output, view
 
 if TYPE_CHECKING:
     from torch import fx
@@ -60,10 +60,10 @@ def readers(evidence: Evidence, layer: LayerEvidence) -> tuple[LayerEvidence, ..
     """
     if evidence.graph is None:
         return ()
-    start = next((n for n in evidence.graph.fx.nodes if n.name == layer.pair.node), None)
-    at = {p.node: other for other in evidence.layers for p in other.pairs}
+    seen = view(evidence)
+    start, at = seen.nodes.get(layer.pair.node), seen.layer_at
     found: dict[str, LayerEvidence] = {}
-    for node in _behind(start) if start is not None else ():
+    for node in _behind(start, seen.constant) if start is not None else ():
         if node is None:
             return ()
         if node.name in at:
@@ -71,12 +71,10 @@ def readers(evidence: Evidence, layer: LayerEvidence) -> tuple[LayerEvidence, ..
     return tuple(found.values())
 
 
-def _behind(start: fx.Node) -> Iterator[fx.Node | None]:
+def _behind(start: fx.Node, constant: Set[fx.Node]) -> Iterator[fx.Node | None]:
     """The nodes where something else than unit by unit is done with the value of `start`; None where it cannot be followed."""
     from initaudit.graph.calls import role_of, weight_uses
-    from initaudit.graph.constness import constant_nodes
 
-    constant = constant_nodes(start.graph)
     seen, stack = {start}, [start]
     while stack:
         node = stack.pop()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from initaudit.probe.trace import Trace
     from initaudit.rules.flow import Flow
 
@@ -31,6 +33,23 @@ class View:
     def trace(self) -> Trace | None:
         """What the probe saw."""
         return self.evidence.trace
+
+    @functools.cached_property
+    def nodes(self) -> Mapping[str, fx.Node]:
+        """The nodes of the graph by name."""
+        return {n.name: n for n in self.evidence.graph.fx.nodes} if self.evidence.graph is not None else {}
+
+    @functools.cached_property
+    def constant(self) -> Set[fx.Node]:
+        """The nodes that depend on no input."""
+        from initaudit.graph.constness import constant_nodes
+
+        return constant_nodes(self.evidence.graph.fx) if self.evidence.graph is not None else frozenset()
+
+    @functools.cached_property
+    def layer_at(self) -> Mapping[str, LayerEvidence]:
+        """The layer at the node of this name; of several at one node the last."""
+        return {p.node: layer for layer in self.evidence.layers for p in layer.pairs}
 
 
 @functools.lru_cache(maxsize=4)
