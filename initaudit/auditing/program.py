@@ -68,6 +68,8 @@ class Program:
         except (InitauditError, RuntimeError, ValueError, TypeError, IndexError) as error:
             # What a graph does with inputs that nobody promised to fit is the graph's matter: said, not raised.
             return None, None, "the probe stopped: " + " ".join(str(error).split())[:200]
+        if trace.unknown and not trace.parameters:
+            return trace, None, "no output could be computed: " + next(iter(trace.unknown.values()))
         return trace, judge(self.graph, trace), ""
 
 

@@ -129,8 +129,8 @@ def _records(
 def _of_bias(bias: Array, pair: Pair) -> Recognition | None:
     if bias.size == 0:
         return None
-    fans = (pair.fan_in, pair.fan_out)
+    place = dataclasses.replace(site(pair), shape=bias.shape, axes=("o",), convention=(pair.fan_in, pair.fan_out))
     try:
-        return recognise(observe(bias.read()), site_of(bias.shape, ("o",), operator=pair.operator, fans=fans))
+        return recognise(observe(bias.read()), place)
     except InitauditError:
         return None

@@ -173,9 +173,9 @@ def _by_running(wrapped: nn.Module, args: tuple[Any, ...], cause: Exception) -> 
 
     try:
         with _silent():
-            traced: fx.GraphModule = make_fx(call, pre_dispatch=True, tracing_mode="real", record_module_stack=True)(
-                state, *args
-            )
+            traced: fx.GraphModule = make_fx(
+                call, pre_dispatch=True, tracing_mode="real", record_module_stack=True, _error_on_data_dependent_ops=False
+            )(state, *args)
             return traced
     except UnreadableModel:
         raise

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ _UNDECIDED = (
     GuardOnDataDependentSymNode,
     NotImplementedError,
 )
+# Code that asks for the numbers themselves (NumPy, a data pointer) gets them in a real run only.
+_WANTS_NUMBERS = re.compile(r"tensor subclass|data pointer|FakeTensor|fake tensor")
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution")
 _SEQUENCE_OPERATORS = ("softmax", "attention", "lstm", "gru", "rnn")
 
 
@@ -74,6 +78,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name.partition("::")[2]
         origins: frozenset[Any] = frozenset().union(*(_origins(t) for t in pytree.tree_leaves((args, kwargs))))
         self._look_up(name, args)
+        _of_one_type(name, args)
         if name == "convolution" and not args[6] and args[1].shape[2:].numel() > 1:
             self.outcome.smallest = min(self.outcome.smallest, *args[0].shape[2:])
         self.outcome.mixes_positions |= any(word in name for word in _SEQUENCE_OPERATORS)
@@ -105,6 +110,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.outcome.rows[origin] = min(rows, self.outcome.rows.get(origin, rows))
             elif origin > rows and not any(isinstance(o, str) for o in origins):
                 self.outcome.positions = min(rows, self.outcome.positions or rows)
+
+
+def _of_one_type(name: str, args: Sequence[Any]) -> None:
+    """Raises what a real product raises for factors of different types; one without arithmetic lets them pass."""
+    if name in _PRODUCTS:
+        types = [a.dtype for a in args if isinstance(a, torch.Tensor)]
+        if len(set(types)) > 1:
+            raise RuntimeError(f"{name} needs factors of one type, got " + " and ".join(map(str, dict.fromkeys(types))))
 
 
 def _origins(value: Any) -> frozenset[Any]:
@@ -152,6 +165,7 @@ class DryRun:
                 outcome.error, outcome.undecided = _line(error), True
             except Exception as error:  # noqa: BLE001 - forward raises what it likes on inputs it was not made for
                 outcome.error = _line(error)
+                outcome.undecided = _WANTS_NUMBERS.search(outcome.error) is not None
                 cause: BaseException | None = error
                 while cause is not None:
                     outcome.undecided |= isinstance(cause, _UNDECIDED)

@@ -80,16 +80,30 @@ def _inputs(inputs: Sequence[Tensor], device: torch.device | None) -> list[Tenso
 
 def _parameters(graph: Graph, run: Pass, sites: Sites) -> dict[str, ParameterRecord]:
     gradients = run.parameter_gradients(sites)
+    hidden = _hidden(run)
     found = {}
     for key, value in run.parameters.items():
         constant = graph.constants[key]
         gradient = gradients.get(key)
+        if key in hidden and (gradient is None or not bool(gradient.any())):
+            continue  # its way to the output was not run: nothing can be said of its gradient
         norm = None if gradient is None else power(gradient) ** 0.5
         zero = gradient is None or not bool(gradient.any())
         found[key] = ParameterRecord(
             constant.name, constant.shape, power(value) ** 0.5, norm, zero, None if zero else 0, gradient is not None
         )
     return found
+
+
+def _hidden(run: Pass) -> frozenset[str]:
+    """The keys of the constants that lead to a node that could not be run."""
+    seen, stack = set(run.missing), list(run.missing)
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a not in seen:
+                seen.add(a)
+                stack.append(a)
+    return frozenset(str(n.target) for n in seen if n.op == "get_attr")
 
 
 def _with_revival(record: ParameterRecord, after: Mapping[str, int | None]) -> ParameterRecord:

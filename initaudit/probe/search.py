@@ -174,6 +174,7 @@ class Search:
                 changed = guess.resized(size) if guess.kind == "grid" and name not in self.given else None
                 if changed is not None and _affordable(changed):
                     yield {**assignment, name: changed}
+        yield from self._divided(assignment, outcome)
         yield from self._solved(assignment, outcome)
         yield from self._added(assignment, outcome)
         numbers = [int(n) for n in re.findall(r"(?<![\w.])\d{1,5}(?![\w.])", outcome.error)]
@@ -212,6 +213,20 @@ class Search:
 
     def _scalar(self, argument: Argument) -> bool:
         return isinstance(argument.default, (bool, int, float, str)) or argument.annotation in ("bool", "int", "float", "str")
+
+    def _divided(self, assignment: Assignment, outcome: Outcome) -> Iterator[Assignment]:
+        """Inputs laid side by side give a matrix more or fewer features than it wants: what it wants, shared among them."""
+        free = [n for n, g in assignment.items() if n not in self.given and g.kind in ("flat", "sequence")]
+        gap = mismatch(outcome.error)
+        if gap is None or len(free) < 2 or gap[1] < len(free):
+            return
+        others, wanted = len(free) - 1, gap[1]
+        # Evenly, as coordinates are; or one wide input and numbers beside it, such as a time or an action.
+        shares = [[wanted // len(free) + (i < wanted % len(free)) for i in range(len(free))]]
+        shares += [[1] * i + [wanted - others] + [1] * (others - i) for i in range(len(free))]
+        for counts in shares:
+            changed = {n: assignment[n].refeatured(c) for n, c in zip(free, counts, strict=True)}
+            yield {**assignment, **{n: g for n, g in changed.items() if g is not None}}
 
     def _solved(self, assignment: Assignment, outcome: Outcome) -> Iterator[Assignment]:
         """Where a matrix wants more or fewer features than it was given: the size at which they agree, by bisection."""
