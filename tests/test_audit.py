@@ -7,6 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import onnx
 import pytest
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 import initaudit
 from initaudit.errors import UnreadableModel, UsageError
 
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 Built = tuple[nn.Module, tuple[torch.Tensor, ...]]
 
 
@@ -183,3 +185,16 @@ def test_what_is_no_model_is_refused():
         initaudit.audit("no/such/file.onnx")
     with pytest.raises(UsageError, match="probe_batch"):
         initaudit.audit(resnet()[0], config={"probe_bath": 3})
+
+
+def test_one_damaged_file_is_one_finding_and_a_useless_one_is_no_model(tmp_path):
+    """Half a file names the tensors that are lost; of a file without a readable tensor nothing can be said."""
+    whole = (FIXTURES / "good" / "he_mlp.safetensors").read_bytes()
+    half, stub = tmp_path / "half.safetensors", tmp_path / "stub.pt"
+    half.write_bytes(whole[: len(whole) // 2])
+    (found,) = [f for f in initaudit.audit(half).findings if f.severity == "error"]
+    assert found.code == "IA001"
+    assert {found.tensor, *found.related} >= {"layers.2.weight", "layers.3.weight", "layers.4.weight"}
+    stub.write_bytes(b"\x80\x04\x95")
+    with pytest.raises(UnreadableModel, match=r"^[^\n]*breaks off[^\n]*$"):
+        initaudit.audit(stub)

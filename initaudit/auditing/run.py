@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from initaudit.auditing.result import model_report
 from initaudit.config import Config
-from initaudit.errors import InitauditError, UsageError
+from initaudit.errors import InitauditError, UnreadableModel, UsageError
 from initaudit.load import from_module, load, load_proto
-from initaudit.load.checkpoint import Array, Checkpoint
+from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.measure.moments import Moments, measure
 from initaudit.report.report import Layer, ModelReport, Verdict
 from initaudit.rules.evidence import Evidence
@@ -130,6 +130,10 @@ def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progre
     """Runs the stages in order: measure, graph, pair, expect, probe. Nothing is judged here."""
     tensors, unreadable = measure_all(checkpoint.arrays, progress)
     checkpoint = dataclasses.replace(checkpoint, problems=(*checkpoint.problems, *unreadable))
+    lost = {p.tensor for p in checkpoint.problems if p.code == "IA001"}
+    if lost and not tensors and lost.issuperset(checkpoint.arrays) and all(p.code == "IA001" for p in checkpoint.problems):
+        # Nothing is left to judge: the model as a whole cannot be read.
+        raise UnreadableModel(checkpoint.source, *_whole(checkpoint))
     if checkpoint.program is None:
         from initaudit.auditing.recognition import in_company, with_recognition
         from initaudit.auditing.static import NOTE, named_layers, norm_vectors
@@ -144,10 +148,15 @@ def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progre
     return program.evidence(tensors)
 
 
-def measure_all(arrays: Mapping[str, Array], progress: Progress) -> tuple[dict[str, Moments], Sequence[Any]]:
-    """The moments of every floating-point array, shared bytes once; arrays that cannot be read become problems (IA001)."""
-    from initaudit.load.checkpoint import Problem
+def _whole(checkpoint: Checkpoint) -> tuple[str, str, str]:
+    """What was found, expected and advised where not a single tensor can be read."""
+    count = len(checkpoint.problems)
+    many = f"none of its {count} tensors can be read, the first: " if count > 1 else ""
+    return many + checkpoint.problems[0].message.removeprefix(f"{checkpoint.source}: "), "", "fetch or save the file again"
 
+
+def measure_all(arrays: Mapping[str, Array], progress: Progress) -> tuple[dict[str, Moments], Sequence[Problem]]:
+    """The moments of every floating-point array, shared bytes once; arrays that cannot be read become problems (IA001)."""
     found: dict[str, Moments] = {}
     by_storage: dict[tuple[str, tuple[int, ...]], Moments] = {}
     problems = []

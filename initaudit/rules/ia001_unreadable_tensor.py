@@ -29,11 +29,16 @@ class UnreadableTensor(Rule):
     summary = "a tensor's bytes are missing, truncated or of an impossible shape or type"
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding for each problem of this kind that a loader noticed."""
-        for problem in evidence.checkpoint.problems:
-            if problem.code == self.code:
-                yield self.finding(
-                    f"this tensor cannot be read: {problem.message}",
-                    "fetch or save the file again; compare sizes and checksums with the source",
-                    tensor=problem.tensor,
-                )
+        """One finding for all problems of this kind: one damaged file leaves many tensors unread."""
+        problems = [p for p in evidence.checkpoint.problems if p.code == self.code]
+        if not problems:
+            return
+        first, *others = problems
+        count = f"{len(problems)} tensors cannot be read, the first: " if others else "this tensor cannot be read: "
+        yield self.finding(
+            count + first.message,
+            "fetch or save the file again; compare sizes and checksums with the source",
+            tensor=first.tensor,
+            measured=len(problems),
+            related=tuple(dict.fromkeys(p.tensor for p in others if p.tensor and p.tensor != first.tensor)),
+        )
