@@ -14,23 +14,24 @@ from initaudit.expect.expectation import Expectation, expected_variances, standa
 from initaudit.expect.gain import Gain
 from initaudit.graph.calls import role_of
 from initaudit.graph.graph import Graph
-from initaudit.load.checkpoint import Array
+from initaudit.load.checkpoint import Array, Checkpoint
 from initaudit.measure.moments import Moments, measure
 from initaudit.onnx_ops.convert import to_numpy
 from initaudit.pair.evaluate import ConstantReader
 from initaudit.pair.records import Pair
 from initaudit.probe.trace import Trace, WeightRecord
 from initaudit.rules.evidence import LayerEvidence
+from initaudit.rules.remedy import attribute_path
 
 
 def layer_evidence(
-    graph: Graph, pairs: tuple[Pair, ...], arrays: Mapping[str, Array], measured: Mapping[str, Moments], trace: Trace | None
+    graph: Graph, pairs: tuple[Pair, ...], checkpoint: Checkpoint, measured: Mapping[str, Moments], trace: Trace | None
 ) -> tuple[LayerEvidence, ...]:
     """One entry for each weight and operator, in forward order.
 
     `measured` holds the moments of the stored tensors by name; a weight that was computed from stored ones is measured here.
     """
-    values = _Values(graph, arrays, measured)
+    values = _Values(graph, checkpoint.arrays, measured)
     records = _records(trace)
     gains = Gains()
     found = []
@@ -50,6 +51,7 @@ def layer_evidence(
                 gain=gain,
                 read=read,
                 records=tuple(records[k] for p in group if (k := (p.node, p.value)) in records),
+                expression=attribute_path(first.tensor, checkpoint.program, first.site),
             )
         )
     return tuple(found)

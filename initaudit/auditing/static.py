@@ -11,6 +11,7 @@ from initaudit.location import Location
 from initaudit.measure.moments import Moments
 from initaudit.pair.records import Pair
 from initaudit.rules.evidence import LayerEvidence
+from initaudit.rules.remedy import attribute_path
 
 NOTE = "no program: fans and roles are inferred from shapes and names, activations are unknown"
 
@@ -50,7 +51,7 @@ def _layer(weight: NamedWeight, array: Array, moments: Moments) -> LayerEvidence
     )
     error = standard_error(moments.variance, moments.kurtosis, moments.count) if moments.m2 > 0 else 0.0
     expectation = expected_variances(max(1, fan_in), max(1, fan_out), None, 1.0, error)
-    return LayerEvidence(pair, (pair,), (), moments, expectation, None, array.read)
+    return LayerEvidence(pair, (pair,), (), moments, expectation, None, array.read, expression=attribute_path(weight.name))
 
 
 def norm_vectors(checkpoint: Checkpoint) -> frozenset[str]:

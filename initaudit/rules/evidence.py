@@ -31,7 +31,8 @@ class LayerEvidence:
 
     `pair` is the first place of use, `pairs` are all of them, `feeds` the activations of all. `moments` are those of the values
     used; `read` gives these values, axes as in `pair.axes`. `gain` is that of the first activation that is not linear,
-    else of the linear unit; None where it has none. `records` are what the probe saw at the places of use.
+    else of the linear unit; None where it has none. `records` are what the probe saw at the places of use. `expression` is what
+    the weight is called in Python: `model.layer3[0].conv1.weight`.
     """
 
     pair: Pair
@@ -43,6 +44,12 @@ class LayerEvidence:
     read: Callable[[], np.ndarray[Any, Any]] = field(repr=False, compare=False)
     recognition: Recognition | None = None
     records: tuple[WeightRecord, ...] = ()
+    expression: str = ""
+
+    @property
+    def feed(self) -> Feeds | None:
+        """The activation that the weight is judged by: the first that is not linear, else the first; None for none."""
+        return next((f for f in self.feeds if f.activation.name != "linear"), self.feeds[0] if self.feeds else None)
 
     @property
     def tensor(self) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, linear, mlp
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import activation_of, fields, init_line, power, sigmas
+from initaudit.rules.support import activation_of, fields, power, sigmas
 from initaudit.rules.variance import deviation
 
 
@@ -49,7 +50,7 @@ class VarianceTooSmall(Rule):
             "keeps "
             f"a signal through {activation_of(first)} (gain²/fan_in), {abs(sigmas(first, expected)):.0f} standard errors below"
             f"{together}: {found.consequence}, so the first layers learn slowly or not at all",
-            init_line(first),
+            init_line(*found.layers),
             severity="error" if found.level == "error" else "warning",
             measured=first.moments.variance,
             expected=expected,

@@ -8,8 +8,9 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import convs, example, mlp
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import activation_of, fields, fresh_layers, init_line, initial, power, sigmas
+from initaudit.rules.support import activation_of, fields, fresh_layers, initial, power, sigmas
 from initaudit.rules.variance import deviates, deviation
 
 # The spectral radius of an n x n matrix of independent entries is sqrt(n var) (Girko 1984). Above 1 a linear recurrence grows
@@ -58,7 +59,7 @@ class VarianceTooLarge(Rule):
             "that keeps "
             f"a signal through {activation_of(first)} (gain²/fan_in), {abs(sigmas(first, expected)):.0f} standard errors above"
             f"{together}: {found.consequence}, so the first steps overshoot or the units pass no gradient",
-            init_line(first),
+            init_line(*found.layers),
             severity="error" if found.level == "error" else "warning",
             measured=first.moments.variance,
             expected=expected,

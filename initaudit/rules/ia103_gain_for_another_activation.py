@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, mlp
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import SIGMAS, activation_of, error_of, fields, init_line, power, sigmas
+from initaudit.rules.support import SIGMAS, activation_of, error_of, fields, power, sigmas
 from initaudit.rules.variance import Deviation, deviation, similar
 
 
@@ -53,7 +54,7 @@ class GainForAnotherActivation(Rule):
             f"errors from the {expected:.3g} (gain²/fan_in) that {activation_of(first)} needs; {len(group)} such layers leave "
             f"{power(found.product)} of the signal's power: {found.consequence}, so the first layers learn slowly or not "
             "at all",
-            init_line(first),
+            init_line(*group),
             severity="error" if found.level == "error" else "warning",
             measured=first.moments.variance,
             expected=expected,

@@ -9,11 +9,19 @@ from typing import Any
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example
 from initaudit.rules.health import health
+from initaudit.rules.remedy import each, expression_of
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, normalised, parameter, plain
+from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, normalised, plain, sigmas
 
 # Numerators of the classical laws: He, LeCun, PyTorch's default, He for tanh's gain 5/3.
 _LAWS = {"He": 2.0, "LeCun": 1.0, "PyTorch's default": 1 / 3, "tanh's gain 5/3": 25 / 9}
+# How each is drawn again through the transpose.
+_AGAIN = {
+    "He": "torch.nn.init.kaiming_normal_({}.T)",
+    "LeCun": 'torch.nn.init.kaiming_normal_({}.T, nonlinearity="linear")',
+    "PyTorch's default": "torch.nn.init.kaiming_uniform_({}.T, a=5**0.5)",
+    "tanh's gain 5/3": 'torch.nn.init.kaiming_normal_({}.T, nonlinearity="tanh")',
+}
 # Fans closer than this make no difference worth a word.
 _APART = 1.5
 
@@ -56,10 +64,10 @@ class FansSwapped(Rule):
             f"variance {first.moments.variance:.3g} is that of {law} with fan_out {pair.fan_out} in the place of fan_in "
             f"{pair.fan_in}: "
             f"{first.moments.variance / expected:.3g} times the {expected:.3g} meant, "
-            f"{abs(first.moments.variance / expected - 1) / (error_of(first) * first.moments.variance / expected):.0f} "
+            f"{abs(sigmas(first, expected)):.0f} "
             "standard errors "
             f"off, because the weight is stored (in, out); each such layer rescales signal and gradient by that factor",
-            f"torch.nn.init.kaiming_normal_({parameter(first.tensor)}.T)",
+            each(_AGAIN[law], [expression_of(x) for x, _ in found]),
             severity="error" if health(evidence).exploding == "error" or health(evidence).vanishing == "error" else "warning",
             measured=first.moments.variance,
             expected=expected,

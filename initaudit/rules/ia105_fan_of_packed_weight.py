@@ -9,8 +9,9 @@ from typing import Any
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example
 from initaudit.rules.health import health
+from initaudit.rules.remedy import each, expression_of, init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, normalised, parameter, path_of, plain
+from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, normalised, path_of, plain, sigmas
 
 _QKV = 3
 
@@ -53,9 +54,9 @@ class FanOfPackedWeight(Rule):
                 f"queries, keys and values are one matrix and were drawn by Xavier with all {first.pair.fan_out} outputs "
                 "counted: variance "
                 f"{first.moments.variance:.3g}, {first.moments.variance / expected:.2g} of the {expected:.3g} of each "
-                "projection on its own; "
-                "attention starts a little flatter, and learns",
-                f"for w in {parameter(first.tensor)}.chunk(3): torch.nn.init.xavier_uniform_(w)",
+                "projection on its own, "
+                f"{abs(sigmas(first, expected)):.0f} standard errors below; attention starts a little flatter, and learns",
+                each("torch.nn.init.xavier_uniform_({})", [expression_of(x) for x in packed], "{}.chunk(3)"),
                 severity="info",
                 measured=first.moments.variance,
                 expected=expected,
@@ -71,15 +72,15 @@ class FanOfPackedWeight(Rule):
 
     def _stacked(self, evidence: Evidence, stacked: list[tuple[LayerEvidence, tuple[str, float]]]) -> Finding:
         first, (law, expected) = stacked[0]
-        level, pair, error = health(evidence).vanishing, first.pair, error_of(first)
+        level, pair = health(evidence).vanishing, first.pair
         ratio = first.moments.variance / expected
         copies = math.prod(n for n, a in zip(pair.shape, pair.axes, strict=True) if a == "n")
         return self.finding(
             f"{copies} matrices are stacked in one tensor of shape {'x'.join(map(str, pair.shape))}, and variance "
             f"{first.moments.variance:.3g} is {law}'s with the fan of the whole: {ratio:.2g} of the {expected:.3g} that one "
-            f"matrix of fan_in {pair.fan_in} needs, {(1 - ratio) / (error * ratio):.0f} standard errors below; what these "
+            f"matrix of fan_in {pair.fan_in} needs, {abs(sigmas(first, expected)):.0f} standard errors below; what these "
             "layers send on is that much weaker",
-            f"for w in {parameter(first.tensor)}: torch.nn.init.normal_(w, std={math.sqrt(expected):.4g})",
+            init_line(first, *(x for x, _ in stacked[1:])),
             severity="error" if level == "error" else "warning" if level else "info",
             measured=first.moments.variance,
             expected=expected,
@@ -92,12 +93,12 @@ class FanOfPackedWeight(Rule):
         level = health(evidence).vanishing
         expected = 2 / first.pair.fan_in
         return self.finding(
-            f"variance {first.moments.variance:.3g} is He's with the channels of all {first.pair.groups} groups counted; a "
-            "unit sees one "
-            f"group, fan_in {first.pair.fan_in}, and needs {expected:.3g}: {first.moments.variance / expected:.2g} of it "
-            "is there, which "
+            f"variance {first.moments.variance:.3g} is that of a law with the channels of all {first.pair.groups} groups "
+            "counted; a unit sees one "
+            f"group, fan_in {first.pair.fan_in}, and needs {expected:.3g} (He): {first.moments.variance / expected:.2g} of it "
+            f"is there, {abs(sigmas(first, expected)):.0f} standard errors below, which "
             f"{len(grouped)} such layers multiply on the way to the output",
-            f"torch.nn.init.kaiming_normal_({parameter(first.tensor)})",
+            each("torch.nn.init.kaiming_normal_({})", [expression_of(x) for x in grouped]),
             severity="error" if level == "error" else "warning" if level else "info",
             measured=first.moments.variance,
             expected=expected,

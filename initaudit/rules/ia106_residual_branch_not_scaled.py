@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, residual
+from initaudit.rules.remedy import normal_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, names, parameter, power
+from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, names, power, sigmas
 
 if TYPE_CHECKING:
     from torch import fx
@@ -75,20 +76,21 @@ class ResidualBranchNotScaled(Rule):
                 "spread, as 1/sqrt of "
                 "the number of branches would give, but they do not return to the residual stream; "
                 f"{names(stack.writers, 2)} do, at "
-                f"{writer.moments.std:.3g}: the branches are quiet in the wrong place"
+                f"{writer.moments.std:.3g}, {_errors(writer, spread * factor):.0f} standard errors from the "
+                f"{spread * factor:.3g} that was meant for them: the branches are quiet in the wrong place, and the stream "
+                "grows with every block"
             )
         else:
             message = (
                 f"{count} matrices return to the residual stream with the same standard deviation {writer.moments.std:.3g} "
                 "as all others; "
-                f"GPT-2's convention is {writer.moments.std * factor:.3g}, {factor:.2g} of it (1/sqrt of the number of "
-                "branches). The "
-                f"probe sees the stream's power grow {power(stack.growth)}-fold"
-                + ("" if grown else ", which does no harm by itself")
+                f"GPT-2's convention is {spread * factor:.3g}, {factor:.2g} of it (1/sqrt of the number of "
+                f"branches), {_errors(writer, spread * factor):.0f} standard errors below. The probe "
+                f"sees the stream's power grow {power(stack.growth)}-fold" + ("" if grown else ", which does no harm by itself")
             )
         yield self.finding(
             message,
-            f"torch.nn.init.normal_({parameter(writer.tensor)}, std={spread * factor:.3g})  # and the like in each branch",
+            normal_line([*((x, spread * factor) for x in stack.writers), *((x, spread) for x in wrong)]),
             severity="warning" if wrong or grown else "info",
             measured=writer.moments.std,
             expected=spread * factor,
@@ -107,9 +109,10 @@ class ResidualBranchNotScaled(Rule):
         yield self.finding(
             f"{len(scaled)} of {count} matrices that return to the residual stream have the standard deviation {usual:.3g}, "
             f"{usual / stack.spread:.2g} of that of all others, as 1/sqrt of the number of branches would give; the other "
-            f"{len(unscaled)}, as {names(unscaled, 2)}, have {first.moments.std:.3g} like the rest: the convention "
-            "was applied to a part of the branches, and the others decide how the stream grows",
-            f"torch.nn.init.normal_({parameter(first.tensor)}, std={usual:.3g})  # and the like in each branch",
+            f"{len(unscaled)}, as {names(unscaled, 2)}, have {first.moments.std:.3g} like the rest, "
+            f"{_errors(first, usual):.0f} standard errors above: the convention was "
+            "applied to a part of the branches, and the others decide how the stream grows",
+            normal_line([(x, usual) for x in unscaled]),
             measured=first.moments.std,
             expected=usual,
             related=tuple(x.tensor for x in unscaled[1:]),
@@ -212,6 +215,10 @@ def _wrong(stack: _Stack) -> list[LayerEvidence]:
     found = [x for x in stack.others if _scaled(x, writer.moments.std, len(stack.writers))]
     by_fan = writer.moments.variance * writer.pair.fan_in
     return [x for x in found if abs(x.moments.variance * x.pair.fan_in / by_fan - 1) > 0.1]
+
+
+def _errors(layer: LayerEvidence, std: float) -> float:
+    return abs(sigmas(layer, std * std))
 
 
 def _scaled(layer: LayerEvidence, spread: float, count: int) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import convs, example, linear, mlp
 from initaudit.rules.health import health, worst
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import SIGMAS, fields, fresh_layers, init_line, normalised, power, to_output
+from initaudit.rules.support import SIGMAS, fields, fresh_layers, normalised, power, to_output
 
 # Of the power that a unit receives from fan_in inputs with a common mean, mean²·fan_in comes from the mean of the weights and
 # var from their spread (per unit of input power). Above 1 all units see mostly one number; identities with noise and small
@@ -58,7 +59,7 @@ class NonzeroMean(Rule):
             f"from zero; over {first.pair.fan_in} inputs the mean contributes {power(share)} times the power of the "
             "spread, so all "
             "units answer to one direction and inputs become alike",
-            init_line(first),
+            init_line(*off),
             severity="error" if level == "error" else "info" if behind_norms and not level else "warning",
             measured=moments.mean,
             expected=0.0,

@@ -9,8 +9,9 @@ import numpy as np
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.remedy import each, expression_of
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, fresh_layers, initial, names, parameter
+from initaudit.rules.support import fields, fresh_layers, initial, names
 
 # The largest of 10^9 normal values lies at 6.1 standard deviations: a value at 12 was not drawn.
 _FAR = 12.0
@@ -59,9 +60,12 @@ class PinnedOutliers(Rule):
             f"{count} of {layer.moments.count:,} weights {'is' if count == 1 else 'are'} exactly {bound:.4g}, "
             f"{abs(bound) / spread:.0f} standard deviations of the others ({spread:.3g}) from zero; such a weight decides its "
             "unit alone" + (f"; the same in {names([x.tensor for x, *_ in found[1:]])}" if len(found) > 1 else ""),
-            f"torch.nn.init.trunc_normal_({parameter(layer.tensor)}.float(), std={spread:.3g}, a={-2 * spread:.3g}, "
-            f"b={2 * spread:.3g})"
-            "  # drawn in float32, converted after",
+            each(
+                f"{{0}}.data.copy_(torch.nn.init.trunc_normal_(torch.empty({{0}}.shape), std={spread:.3g}, "
+                f"a={-2 * spread:.3g}, b={2 * spread:.3g}))",
+                [expression_of(x) for x, *_ in found],
+            )
+            + "  # drawn in float32, converted after",
             measured=bound,
             expected=spread,
             related=tuple(x.tensor for x, *_ in found[1:]),

@@ -8,19 +8,10 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.remedy import normal_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.structure import last_layers, reading_inputs
-from initaudit.rules.support import (
-    SIGMAS,
-    activation_of,
-    error_of,
-    fields,
-    initial,
-    is_fresh,
-    normalised,
-    parameter,
-    path_of,
-)
+from initaudit.rules.support import SIGMAS, activation_of, apart, error_of, fields, initial, is_fresh, normalised, path_of
 
 # Siblings that make a consensus, the share that may stand apart, and how far (in standard deviation) counts as apart.
 _SIBLINGS = 4
@@ -91,10 +82,10 @@ class OddOneOut(Rule):
         yield self.finding(
             f"standard deviation {first.moments.std:.3g}, {first.moments.std / usual:.2g} of the {usual:.3g} of its "
             f"{len(agree)} siblings before the same {activation_of(first)}, "
-            f"{abs(first.moments.variance / usual**2 - 1) / math.hypot(error_of(middle), error_of(first)):.0f} standard errors "
-            "apart: "
+            f"{abs(apart(first.moments.variance, usual**2, math.hypot(error_of(middle), error_of(first)))):.0f} standard "
+            "errors apart: "
             "it was probably left out by the initializer, and changes signal and gradient by that factor",
-            f"torch.nn.init.normal_({parameter(first.tensor)}, std={usual:.4g})  # as its siblings",
+            normal_line([(x, middle.moments.std * math.sqrt(law(middle) / law(x))) for x in odd]),
             severity="info" if quiet else "warning",
             measured=first.moments.std,
             expected=usual,

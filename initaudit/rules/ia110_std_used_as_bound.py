@@ -9,20 +9,14 @@ from typing import Any
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.health import health
+from initaudit.rules.remedy import each, expression_of
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import (
-    SIGMAS,
-    error_of,
-    fields,
-    fresh_layers,
-    initial,
-    normalised,
-    parameter,
-    plain,
-    power,
-    to_output,
-)
+from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, normalised, plain, power, sigmas, to_output
 
+_AGAIN = {
+    "He": 'torch.nn.init.kaiming_uniform_({}, nonlinearity="relu")',
+    "Xavier": "torch.nn.init.xavier_uniform_({})",
+}
 _UNIFORM_KURTOSIS = 1.8
 # The standard error of a uniform sample's kurtosis is sqrt(256/175... /n) < 1.3/sqrt(n).
 _KURTOSIS_ERROR = 1.3
@@ -62,10 +56,11 @@ class StdUsedAsBound(Rule):
         yield self.finding(
             f"uniform with bound {max(abs(first.moments.min), first.moments.max):.4g}, which is {law}'s standard deviation "
             "for fan_in "
-            f"{first.pair.fan_in}: variance {first.moments.variance:.3g}, a third of the {meant:.3g} meant; {len(found)} "
+            f"{first.pair.fan_in}: variance {first.moments.variance:.3g}, a third of the {meant:.3g} meant, "
+            f"{abs(sigmas(first, meant)):.0f} standard errors below; {len(found)} "
             "such layers leave "
             f"{power(3.0 ** -len(found))} of the signal's power",
-            f'torch.nn.init.kaiming_uniform_({parameter(first.tensor)}, nonlinearity="relu")',
+            each(_AGAIN[law], [expression_of(x) for x, (other, _) in found if other == law]),
             severity="error" if level == "error" else "warning" if level else "info",
             measured=first.moments.variance,
             expected=meant,

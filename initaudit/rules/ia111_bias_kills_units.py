@@ -9,8 +9,9 @@ import numpy as np
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.remedy import each, parameter
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, normalised, parameter
+from initaudit.rules.support import fields, normalised
 
 # A sum of many inputs is normal: beyond four standard deviations a unit is on for one input in thirty thousand.
 _DEVIATIONS = 4.0
@@ -53,8 +54,9 @@ class BiasKillsUnits(Rule):
         yield self.finding(
             f"{100 * share:.0f} % of the units never activate: the biases average {values.mean():.3g}, and what the "
             "weights send has a "
-            f"standard deviation of {spread:.3g}; such units and their biases get no gradient",
-            f"torch.nn.init.zeros_({parameter(bias)})",
+            f"standard deviation of {spread:.3g}, {abs(values.mean()) / max(spread, 1e-30):.3g} times less; such units and "
+            "their biases get no gradient",
+            each("torch.nn.init.zeros_({})", [parameter(evidence, x.pair.bias or "") for x, _ in found]),
             # Trained networks use large negative biases to switch units off that are not needed.
             severity=("error" if share > _MOST else "warning") if evidence.phase != "trained" or share > 0.9 else "info",
             measured=float(values.mean()),

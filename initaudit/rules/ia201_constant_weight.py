@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp, residual
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, fresh_layers, init_line, initial, to_output
+from initaudit.rules.support import fields, fresh_layers, initial, to_output
 
 
 class ConstantWeight(Rule):

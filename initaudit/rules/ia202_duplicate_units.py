@@ -9,8 +9,9 @@ import numpy as np
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, init_line
+from initaudit.rules.support import fields
 
 # A unit of fewer weights can be equal to another by chance where values are rounded to 16 bits.
 _LEAST = 4

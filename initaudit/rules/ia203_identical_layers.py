@@ -10,9 +10,10 @@ import numpy as np
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.structure import is_tie
-from initaudit.rules.support import fields, fresh_layers, init_line, initial, names
+from initaudit.rules.support import fields, fresh_layers, initial, names
 
 # A drawn weight of this many elements has nearly as many different values; tables of a formula and identities have few.
 _LEAST = 64
@@ -62,7 +63,7 @@ class IdenticalLayers(Rule):
             f"{names(groups[0])} hold the same {first.moments.count:,} values without being one parameter{more}: the "
             "layers were copied, or "
             "drawn from the same seed, and start as one layer repeated",
-            f"{init_line(first)}  # and each of the others, after they were made",
+            init_line(*_again(groups)),
             related=tuple(dict.fromkeys(x.tensor for x in others)),
             **fields(first),
         )
@@ -82,7 +83,7 @@ class IdenticalLayers(Rule):
         yield self.finding(
             f"{names(group)} begin with the same {_START} numbers up to a factor: they were drawn from the same seed, and "
             "start as parts of one weight",
-            f"{init_line(group[0])}  # and each of the others from one generator that is not set back",
+            init_line(*group[1:]),
             measured=float(len(group)),
             related=tuple(x.tensor for x in group[1:]),
             **fields(group[0]),
@@ -129,6 +130,11 @@ class IdenticalLayers(Rule):
         )
 
 
+def _again(groups: list[list[LayerEvidence]]) -> list[LayerEvidence]:
+    """Those that have to be drawn again: of each group all but the first."""
+    return list({x.tensor: x for g in groups for x in g if x.tensor != g[0].tensor}.values())
+
+
 def _drawn(layer: LayerEvidence) -> bool:
     m, pair = layer.moments, layer.pair
     return m.m2 > 0 and m.count >= _LEAST and pair.stored and pair.trainable and m.zeros < m.count / 2
@@ -136,7 +142,8 @@ def _drawn(layer: LayerEvidence) -> bool:
 
 def _start(layer: LayerEvidence) -> np.ndarray[Any, Any] | None:
     """The first values of a weight, in the order of its memory, as a vector of norm 1; None where they are not varied."""
-    start = layer.read().reshape(-1)[:_START].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # arbitrary bytes are signalling NaNs too
+        start = layer.read().reshape(-1)[:_START].astype(np.float64)
     norm = float(np.linalg.norm(start))
     if not norm > 0 or not np.isfinite(norm) or len(np.unique(start)) < _START / 2:
         return None

@@ -9,9 +9,10 @@ import numpy as np
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.structure import readers, reading_inputs
-from initaudit.rules.support import fields, init_line, initial, normalised, to_output
+from initaudit.rules.support import fields, initial, normalised, to_output
 
 if TYPE_CHECKING:
     from initaudit.pair.records import Feeds

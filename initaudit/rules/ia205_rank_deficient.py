@@ -9,8 +9,9 @@ import numpy as np
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, fresh_layers, init_line, initial, to_output
+from initaudit.rules.support import fields, fresh_layers, initial, to_output
 
 # A weight is projected to this many rows and columns, which keeps its rank up to that.
 _SIDE = 96

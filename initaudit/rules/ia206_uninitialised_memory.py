@@ -9,8 +9,9 @@ import numpy as np
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
+from initaudit.rules.remedy import reset_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import init_line, initial, parameter
+from initaudit.rules.support import initial
 
 # Values of a drawn or trained weight lie within a few powers of ten of each other. Arbitrary bytes are spread evenly over the
 # exponents: a fifth of float32 lies above 1e23, as much below 1e-23. One in fifty on either side at once is far from both.
@@ -67,7 +68,7 @@ class UninitialisedMemory(Rule):
                 f"{small:g}: no "
                 f"initialization and no training gives such numbers ({moments.min:.2g} to {moments.max:.2g}), arbitrary "
                 "bytes do",
-                init_line(layer) if layer is not None else f"torch.nn.init.xavier_normal_({parameter(name)})",
+                reset_line(evidence, name),
                 tensor=name,
                 site=layer.pair.site if layer is not None else "",
                 measured=above,
@@ -79,7 +80,7 @@ class UninitialisedMemory(Rule):
         return self.finding(
             f"no value is larger than {largest:.2g}: no initialization gives such numbers, integers and text that are read as "
             "numbers do",
-            init_line(layer) if layer is not None else f"torch.nn.init.xavier_normal_({parameter(name)})",
+            reset_line(evidence, name),
             tensor=name,
             site=layer.pair.site if layer is not None else "",
             measured=largest,

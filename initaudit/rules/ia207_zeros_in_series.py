@@ -7,8 +7,9 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import init_line, initial, names, parameter
+from initaudit.rules.support import initial, names
 
 
 class ZerosInSeries(Rule):
@@ -48,7 +49,7 @@ class ZerosInSeries(Rule):
             f"{names(stuck)} are zero and wait for each other: the gradient of each is a product with another zero, and "
             "stays zero "
             "after two steps of all other parameters, so they never learn",
-            init_line(first) if first.gain is not None else f"torch.nn.init.xavier_normal_({parameter(first.tensor)})",
+            init_line(first),
             measured=0.0,
             tensor=first.tensor,
             site=first.pair.site,

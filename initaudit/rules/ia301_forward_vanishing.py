@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, linear, mlp
 from initaudit.rules.health import SIGNAL, below, health
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import init_line, initial, names, power, ratio_of
+from initaudit.rules.support import initial, names, power, ratio_of
 
 
 class ForwardVanishing(Rule):

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, mlp
 from initaudit.rules.health import health
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, init_line, initial, power
+from initaudit.rules.support import fields, initial, power
 
 
 class ForwardExploding(Rule):

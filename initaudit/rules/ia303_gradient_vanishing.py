@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp, residual
 from initaudit.rules.health import GRADIENT, below, health
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import activation_of, fields, init_line, initial, power
+from initaudit.rules.support import activation_of, fields, initial, power
 
 
 class GradientVanishing(Rule):

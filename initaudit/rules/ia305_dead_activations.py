@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule, Severity
-from initaudit.rules.support import SIGMAS, fields, init_line
+from initaudit.rules.support import SIGMAS, fields
 
 # Once all inputs are alike (deep plain stacks), a unit of mean zero is off for all of them with probability 1/2.
 _ALIKE = 0.5

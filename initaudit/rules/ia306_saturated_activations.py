@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, fresh_layers, init_line, initial, normalised
+from initaudit.rules.support import fields, fresh_layers, initial, normalised
 from initaudit.rules.variance import slope_of
 
 # A tanh fed with N(0, 1) has 0.68 of its steepest slope in the root mean square; at 0.3 a layer passes a tenth of the power.

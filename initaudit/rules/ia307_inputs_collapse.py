@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.health import CONTRAST, below, health
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import init_line, initial, names, power, ratio_of, view
+from initaudit.rules.support import initial, names, power, ratio_of, view
 
 
 class InputsCollapse(Rule):

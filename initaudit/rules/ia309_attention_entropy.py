@@ -7,8 +7,9 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, fresh_layers, init_line, initial, path_of
+from initaudit.rules.support import fields, fresh_layers, initial, path_of
 
 # Entropy as a share of that of a uniform row. At unit variance of the scores it is 0.8 to 0.9; at 0.2 and 16 positions 1.7 of
 # them share nine tenths of the weight.

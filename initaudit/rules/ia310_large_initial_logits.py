@@ -9,8 +9,9 @@ import numpy as np
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.remedy import expression_of
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, initial, is_fresh, parameter, to_output
+from initaudit.rules.support import fields, initial, is_fresh, to_output
 
 # Library heads drawn as U(±1/sqrt(classes)) start at 2 to 4 times ln C with ten classes and train: the first tens of steps
 # bring them down. Beyond both limits more is undone than learnt at first.
@@ -64,7 +65,7 @@ class LargeInitialLogits(Rule):
                     f"guessing has ln({classes}) = {chance:.3g}; the first steps go into shrinking them, with gradients "
                     "that shake every "
                     "layer below",
-                    f"torch.nn.init.normal_({parameter(layer.tensor)}, std={min(std, 0.02):.3g})",
+                    f"torch.nn.init.normal_({expression_of(layer)}, std={min(std, 0.02):.3g})",
                     measured=loss,
                     expected=chance,
                     **fields(layer),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.gates import factors
+from initaudit.rules.remedy import parameter
 from initaudit.rules.rule import Example, Finding, Rule, Severity
 from initaudit.rules.support import initial, names
 
@@ -63,7 +64,7 @@ class NoGradient(Rule):
             f"{names([first.name, *others])}"
             + (f"; {first.name} is a factor of zero and cuts the others off" if first.norm == 0 and others else "")
             + "; they keep their values for ever",
-            f'torch.nn.init.ones_(model.get_parameter("{first.name}"))'
+            f"torch.nn.init.ones_({parameter(evidence, first.name)})"
             if scale
             else "initialise what cuts them off, or remove them from the model",
             # Scales and shifts may cancel in what a small input shows of a network; a tenth of it is a cut.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from initaudit.location import NOWHERE
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example
+from initaudit.rules.remedy import reset_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.structure import is_mask
 
@@ -48,7 +49,7 @@ class NanOrInf(Rule):
             f"{moments.nan} values are NaN and {moments.inf} infinite, of {moments.size:,}"
             + (f"; so are values in {len(bad) - 1} other tensors" if len(bad) > 1 else "")
             + ": every output that depends on one is NaN, and after one step so are all weights",
-            f'torch.nn.init.xavier_normal_(model.get_parameter("{name}")), or load an earlier checkpoint',
+            f"{reset_line(evidence, name)}  # or load an earlier checkpoint",
             tensor=name,
             site=layer.pair.site if layer is not None else "",
             location=layer.pair.location if layer is not None else NOWHERE,

@@ -8,9 +8,10 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
+from initaudit.rules.remedy import init_line, reset_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.structure import is_mask
-from initaudit.rules.support import fields, init_line, names, parameter
+from initaudit.rules.support import fields, names
 
 HALF = 65504.0  # the largest float16 (IEEE 754-2008, table 3.5)
 # Weights of 1e6 exist in no trained or drawn network; the square of 1e19 overflows float32.
@@ -58,7 +59,7 @@ class HalfOverflow(Rule):
             + (
                 "the model is in float16, so they become infinite, and NaN behind it" if half else "it cannot be run in float16"
             ),
-            "use bfloat16; or " + init_line(first),
+            f"{init_line(first)}  # or run the model in bfloat16",
             severity="error" if half else "info",
             measured=peak,
             expected=HALF,
@@ -81,7 +82,7 @@ class HalfOverflow(Rule):
             f"values reach {peak:.3g}, float16 ends at 65504"
             + (f"; the same in {names([n for n in large if n != name])}" if len(large) > 1 else "")
             + (": no draw and no training gives such weights" if peak > _ABSURD else ": cast to float16 they become infinite"),
-            init_line(layer) if layer is not None else f"torch.nn.init.xavier_normal_({parameter(name)})",
+            reset_line(evidence, name),
             severity="error" if half or peak > _ABSURD else "warning",
             measured=peak,
             expected=HALF,

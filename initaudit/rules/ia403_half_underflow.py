@@ -8,8 +8,9 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, init_line, initial, names
+from initaudit.rules.support import fields, initial, names
 
 # The smallest positive number of each type (subnormal), IEEE 754-2008, table 3.5, and bfloat16's.
 SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133}

@@ -9,6 +9,7 @@ import numpy as np
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example
+from initaudit.rules.remedy import expression_of, parameter
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.structure import is_tie
 from initaudit.rules.support import fields, to_output
@@ -49,12 +50,12 @@ class LostTie(Rule):
         yield from self._copies(evidence)
         found = _untied(evidence.checkpoint.program) or _in_folder(evidence)
         if found is not None:
-            name, difference = found
+            name, other, difference = found
             yield self.finding(
                 "the configuration ties the output layer to the input embedding, but their values differ by "
                 f"{difference:.2g} of their "
                 "norm: one of them was not loaded, or loaded over",
-                "model.tie_weights()",
+                _tie(evidence, name, other),
                 tensor=name,
                 measured=difference,
                 expected=0.0,
@@ -77,7 +78,7 @@ class LostTie(Rule):
                 yield self.finding(
                     f"{100 * same:.0f} % of the rows of {head.tensor} and of {table.tensor} are equal, but the two are "
                     "separate parameters: copied where they were to be shared, they drift apart with the first step",
-                    f"model.{head.tensor} = model.{table.tensor}",
+                    f"{expression_of(head)} = {expression_of(table)}",
                     measured=same,
                     related=(table.tensor,),
                     **fields(head),
@@ -94,8 +95,15 @@ class LostTie(Rule):
         return (example("a head of its own", lambda: _model(tied=False)),)
 
 
-def _untied(module: Any) -> tuple[str, float] | None:
-    """(name of the output weight, relative difference) of a module that says it ties its embeddings and does not."""
+def _tie(evidence: Evidence, name: str, other: str) -> str:
+    """The line that makes two parameters one: the module's own, where it has one."""
+    if hasattr(evidence.checkpoint.program, "tie_weights") or not other or evidence.checkpoint.program is None:
+        return "model.tie_weights()"
+    return f"{parameter(evidence, name)} = {parameter(evidence, other)}"
+
+
+def _untied(module: Any) -> tuple[str, str, float] | None:
+    """(output weight, input weight, relative difference) of a module that says it ties its embeddings and does not."""
     config = getattr(module, "config", None)
     if config is None or getattr(config, "tie_word_embeddings", False) is not True:
         return None
@@ -111,11 +119,12 @@ def _untied(module: Any) -> tuple[str, float] | None:
         return None
     a, b = first.detach().float(), second.detach().float()
     difference = float((a - b).norm() / max(float(a.norm()), 1e-30))
-    name = next((n for n, p in module.named_parameters() if p is second), "output embedding")
-    return (name, difference) if difference > 0 else None
+    known = {id(p): n for n, p in module.named_parameters()}
+    name, other = known.get(id(second), "output embedding"), known.get(id(first), "")
+    return (name, other, difference) if difference > 0 else None
 
 
-def _in_folder(evidence: Evidence) -> tuple[str, float] | None:
+def _in_folder(evidence: Evidence) -> tuple[str, str, float] | None:
     """The same for weights beside a config.json: tables of vocabulary by width that are not one and not equal."""
     config = evidence.checkpoint.metadata.get("config")
     if evidence.checkpoint.program is not None or not isinstance(config, Mapping):
@@ -134,7 +143,7 @@ def _in_folder(evidence: Evidence) -> tuple[str, float] | None:
     for other in single[1:]:
         difference = float(np.linalg.norm(other.read().astype(np.float32) - first) / max(float(np.linalg.norm(first)), 1e-30))
         if difference > 0:
-            return other.name, difference
+            return other.name, single[0].name, difference
     return None
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, trained
+from initaudit.rules.remedy import expression_of
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import SIGMAS, error_of, fields, parameter, to_output
+from initaudit.rules.support import SIGMAS, error_of, fields, to_output
 
 # A linear head of LeCun's variance gives logits of the features' own size. Ten times that in power starts the loss at several
 # times that of guessing, and its gradient reaches the features at ten times the strength they were trained under.
@@ -58,7 +59,7 @@ class NewLayerOutOfScale(Rule):
                     f"{meant:.3g} that gives outputs of the features' size ({abs(ratio - 1) / (error * ratio):.0f} "
                     "standard errors): its "
                     "first gradients tear the features apart",
-                    f"torch.nn.init.normal_({parameter(layer.tensor)}, std={min(0.02, math.sqrt(meant)):.3g})",
+                    f"torch.nn.init.normal_({expression_of(layer)}, std={min(0.02, math.sqrt(meant)):.3g})",
                     measured=layer.moments.variance,
                     expected=meant,
                     **fields(layer),

@@ -103,13 +103,12 @@ def initial(evidence: Evidence) -> bool:
 
 def path_of(layer: LayerEvidence) -> tuple[str, ...]:
     """What lies between a weight and the activation it is judged by."""
-    feed = next((f for f in layer.feeds if f.activation.name != "linear"), layer.feeds[0] if layer.feeds else None)
-    return feed.path if feed is not None else ()
+    return layer.feed.path if layer.feed is not None else ()
 
 
 def activation_of(layer: LayerEvidence) -> str:
     """The name of the activation that a weight is judged by, with its parameters."""
-    feed = next((f for f in layer.feeds if f.activation.name != "linear"), layer.feeds[0] if layer.feeds else None)
+    feed = layer.feed
     if feed is None:
         return "unknown"
     parameters = ", ".join(f"{v:g}" for v in feed.activation.parameters.values())
@@ -147,9 +146,17 @@ def ratio_of(layer: LayerEvidence) -> float | None:
 
 
 def sigmas(layer: LayerEvidence, expected: float) -> float:
-    """Standard errors between the observed variance and `expected`, signed; the error is that of the observed one."""
-    relative = error_of(layer)
-    return (layer.moments.variance / expected - 1) / (relative * layer.moments.variance / expected) if relative > 0 else 0.0
+    """Standard errors between the observed variance and `expected`, signed; the error is that of the larger of the two.
+
+    A standard error is a share of its variance: that of the smaller one would make any distance a million errors.
+    """
+    return apart(layer.moments.variance, expected, error_of(layer))
+
+
+def apart(observed: float, expected: float, relative: float) -> float:
+    """The signed distance of two variances in standard errors, each a share `relative` of its variance: of the larger one's."""
+    larger = max(observed, expected)
+    return (observed - expected) / (relative * larger) if larger > 0 and 0 < relative < math.inf else 0.0
 
 
 def chain(evidence: Evidence) -> list[LayerEvidence]:
@@ -160,27 +167,6 @@ def chain(evidence: Evidence) -> list[LayerEvidence]:
 def power(value: float) -> str:
     """A ratio of second moments for a message: short, and readable when it is very small or large."""
     return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.0e}"
-
-
-def parameter(tensor: str) -> str:
-    """The Python expression for a parameter of `model`."""
-    return f'model.get_parameter("{tensor}")'
-
-
-def init_line(layer: LayerEvidence) -> str:
-    """The line that draws this weight as its activation needs it (He et al. 2015, eq. 10, with the exact gain)."""
-    pair, gain = layer.pair, layer.gain
-    target = parameter(pair.tensor)
-    name = activation_of(layer)
-    regular = pair.axes[:2] == ("o", "i") and pair.overlap == 1.0 and not pair.gates and layer.expectation.exact is not None
-    if pair.role == "recurrent":
-        return f"for gate in {target}.chunk({max(1, len(pair.gates))}): torch.nn.init.orthogonal_(gate)"
-    if regular and name == "relu":
-        return f'torch.nn.init.kaiming_normal_({target}, nonlinearity="relu")'
-    variance = layer.expectation.exact if layer.expectation.exact is not None else layer.expectation.lecun
-    if variance is None or gain is None:
-        return f"torch.nn.init.xavier_normal_({target})"
-    return f"torch.nn.init.normal_({target}, std={math.sqrt(variance):.4g})  # gain {gain.gain or 1:.4g}, fan_in {pair.fan_in}"
 
 
 def fields(layer: LayerEvidence) -> dict[str, Any]:
