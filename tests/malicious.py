@@ -5,9 +5,14 @@ Every payload stands beside an array, so that a test can ask whether the array i
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import json
+import lzma
 import pickle
 import struct
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -157,6 +162,17 @@ def _load_plain_bytes(canary: Path) -> bytes:
     return call(by_line("torch.storage", "_load_from_bytes"), raw(b"\x80\x02" + _system(canary) + b"."))
 
 
+def _load_archive_bytes(canary: Path) -> bytes:
+    return call(by_line("torch.storage", "_load_from_bytes"), raw(archive(_system(canary))))
+
+
+def _object_list(canary: Path) -> bytes:
+    """numpy's array of objects: the list of them is its state."""
+    array = call(by_line("numpy._core.multiarray", "_reconstruct"), by_line("numpy", "ndarray"), args(b"K\0"), raw(b"b"))
+    dtype = call(by_line("numpy", "dtype"), text("O8"), b"\x89", b"\x88")
+    return array + args(b"K\1", args(b"K\1"), dtype, b"\x89", listed(_system(canary))) + b"b"
+
+
 def _rebuild_from_type(canary: Path) -> bytes:
     """A name that every checkpoint may use, handed a function of the attacker's."""
     return call(by_line("torch._tensor", "_rebuild_from_type_v2"), by_line("os", "system"), NONE, args(shell(canary)), NONE)
@@ -210,7 +226,19 @@ CASES: tuple[Case, ...] = (
     Case("default factory", _default_factory, ("calls os.system",)),
     Case("rebuild with a foreign function", _rebuild_from_type, ("calls os.system",), False),
     Case("stream within the stream", _load_from_bytes, ("calls os.system",), False),
-    Case("pickle within the stream", _load_plain_bytes, ("calls torch.storage._load_from_bytes",), False),
+    Case("pickle within the stream", _load_plain_bytes, ("calls os.system",), False),
+    Case("archive within the stream", _load_archive_bytes, ("calls os.system",), False),
+    # what CPython's C code reads and its Python code does not
+    Case("octal number", lambda c: b"I010\n0" + _system(c), ("calls os.system",)),
+    Case("number cut by a zero byte", lambda c: b"I1\0x\n0F1\0x\n0" + _system(c), ("calls os.system",)),
+    Case("memo in base ten", lambda c: b"Np010\n0g10\n0" + _system(c), ("calls os.system",)),
+    Case("text that is no UTF-8", lambda c: b"U\x01\xff0" + _system(c), ("calls os.system",), False),
+    Case("call behind a thousand others", lambda c: b"N0" * 5000 + _system(c), ("calls os.system",)),
+    Case("second command", lambda c: call(by_line("os", "system"), text("true")) + POP + _system(c),
+         ("calls os.system('true')", "calls os.system('touch")),
+    Case("objects in an array", _object_list, ("calls os.system",)),
+    Case("hooks of a tensor", lambda c: call(by_line("collections", "OrderedDict")) + text("0") + by_line("os", "system") + b"s"
+         + POP + _system(c), ("calls os.system",)),
     # plain names
     _one("posix", "system", shell, runs=True),
     _one("os", "popen", shell, runs=True),
@@ -292,11 +320,13 @@ def torch_body(payload: bytes) -> bytes:
     return b"\x80\x02(" + text("w") + tensor + text("x") + payload + b"d."
 
 
-def archive(payload: bytes, compression: int = zipfile.ZIP_STORED, extra: dict[str, bytes] | None = None) -> bytes:
+def archive(
+    payload: bytes, compression: int = zipfile.ZIP_STORED, extra: dict[str, bytes] | None = None, more: bytes = b""
+) -> bytes:
     """A torch.save archive around the payload."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression) as made:
-        made.writestr("archive/data.pkl", torch_body(payload))
+        made.writestr("archive/data.pkl", torch_body(payload) + more)
         made.writestr("archive/data/0", WEIGHTS.tobytes())
         made.writestr("archive/version", "3\n")
         for name, content in (extra or {}).items():
@@ -359,6 +389,89 @@ def npz(payload: bytes) -> bytes:
     return out.getvalue()
 
 
+def object_array_twice(payload: bytes) -> bytes:
+    """Two members of one name: zipfile, and with it NumPy, hands out the last."""
+    import warnings
+
+    out = io.BytesIO(npz(NONE))
+    weights = io.BytesIO()
+    np.save(weights, WEIGHTS)
+    with zipfile.ZipFile(out, "a") as made, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made.writestr("w.npy", object_array(payload))
+        made.writestr("w.npy", weights.getvalue())
+    return out.getvalue()
+
+
+def long_header(payload: bytes) -> bytes:
+    """NumPy reads headers of any length where it is told to trust the file."""
+    header = repr({"descr": "|O", "fortran_order": False, "shape": (1,)}).encode().ljust(60_000) + b"\n"
+    made = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + b"\x80\4" + payload + b"."
+    weights, out = io.BytesIO(), io.BytesIO()
+    np.save(weights, WEIGHTS)
+    with zipfile.ZipFile(out, "w") as archived:
+        archived.writestr("w.npy", weights.getvalue())
+        archived.writestr("x.npy", made)
+    return out.getvalue()
+
+
+def capitals(payload: bytes) -> bytes:
+    """PyTorch's reader finds members without telling capitals from small letters."""
+    return archive(payload).replace(b"archive/data.pkl", b"archive/DATA.pkl")
+
+
+def _tar(members: list[tuple[str, bytes]], link: tuple[str, str] | None = None) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as made:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            made.addfile(info, io.BytesIO(content))
+        if link is not None:
+            info = tarfile.TarInfo(link[0])
+            info.type, info.linkname = tarfile.LNKTYPE, link[1]
+            made.addfile(info)
+    return out.getvalue()
+
+
+def _old(payload: bytes, name: str = "pickle") -> list[tuple[str, bytes]]:
+    body = b"\x80\2" + MARK + text("w") + pickle.dumps(WEIGHTS, 2)[2:-1] + text("x") + payload + b"d."
+    none = pickle.dumps(0, 2) + pickle.dumps([], 2)
+    return [("storages", none), ("tensors", pickle.dumps(0, 2)), (name, body)]
+
+
+def tar_without_magic(payload: bytes) -> bytes:
+    """tarfile asks for the checksum of a header and for nothing else."""
+    made = bytearray(_tar(_old(payload)))
+    place = 0
+    while any(made[place : place + 512]):
+        header = made[place : place + 512]
+        header[257:265], header[148:156] = bytes(8), b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        made[place : place + 512] = header
+        place += 512 + (int(header[124:135], 8) + 511) // 512 * 512
+    return bytes(made)
+
+
+def safetensors_too(payload: bytes) -> bytes:
+    """The length of the header is B and how far to skip; the first name V reads up to the line feed in the first tensor."""
+    content = b"\n0" + payload + b"."
+    content = content.ljust(-(-len(content) // 4) * 4)
+    first, second = len(content), len(content) + WEIGHTS.nbytes
+    header = json.dumps({
+        "V": {"dtype": "U8", "shape": [first], "data_offsets": [0, first]},
+        "w": {"dtype": "F32", "shape": [3, 4], "data_offsets": [first, second]},
+    }).encode()  # fmt: skip
+    return struct.pack("<Q", 0x542) + header.ljust(0x542) + content + WEIGHTS.tobytes()
+
+
+def zipped(name: str, content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression) as made:
+        made.writestr(name, content)
+    return out.getvalue()
+
+
 def script(payload: bytes) -> bytes:
     return archive(NONE, extra={"archive/constants.pkl": b"\x80\x02" + payload + b".", "archive/code/a.py": b""})
 
@@ -380,6 +493,37 @@ CONTAINERS: dict[str, Callable[[bytes], bytes]] = {
     "no STOP": lambda p: plain(p)[:-1],
     "second pickle": lambda p: pickle.dumps({"w": WEIGHTS}) + b"\x80\x04" + p + b".",
     "wrong frame": lambda p: b"\x80\x04\x95" + struct.pack("<Q", 1) + plain(p)[2:],
+    "without a magic number": lambda p: b"C\x03abc0" + plain(p)[2:],
+    "text first": lambda p: b"X" + struct.pack("<I", 1 << 16) + b" " * (1 << 16) + b"0" + plain(p)[2:],
+    "payload before garbage": lambda p: MARK + text("w") + pickle.dumps(WEIGHTS, 2)[2:-1] + p + b"\xff" * 20_000,
+    "capitals": capitals,
+    "pickle behind the main one": lambda p: archive(NONE, more=b"\x80\2" + p + b"."),
+    "hidden pickle of protocol 0": lambda p: archive(NONE, extra={"archive/data/notes": b"(lp0\n0" + p + b"."}),
+    "deflated hidden pickle": lambda p: archive(NONE, zipfile.ZIP_DEFLATED, {"archive/readme": b"\x80\x04" + p + b"."}),
+    "archive in an archive": lambda p: archive(NONE, extra={"archive/extra.bin": archive(p)}),
+    "compressed in an archive": lambda p: archive(NONE, extra={"archive/x.gz": gzip.compress(plain(p))}),
+    "tar": lambda p: _tar(_old(p)),
+    "tar without its magic number": tar_without_magic,
+    "tar with a link": lambda p: _tar(_old(p, "other"), ("pickle", "other")),
+    "tar with a name twice": lambda p: _tar([*_old(p), ("./pickle", b"\x80\2N.")]),
+    "tar with broken storages": lambda p: _tar([("storages", b"\x80\2K\1."), *_old(p)[1:]]),
+    "tar of other files": lambda p: _tar([("a/b.txt", b"x"), ("a/model", plain(p))]),
+    "zip of other files": lambda p: zipped("a/model.joblib", plain(p), zipfile.ZIP_DEFLATED),
+    "zlib": lambda p: zlib.compress(plain(p)),
+    "gzip": lambda p: gzip.compress(plain(p)),
+    "bzip2": lambda p: bz2.compress(plain(p)),
+    "xz": lambda p: lzma.compress(plain(p)),
+    "safetensors too": safetensors_too,
     "NumPy archive": npz,
+    "NumPy archive with a name twice": object_array_twice,
+    "NumPy array with a long header": long_header,
     "TorchScript constants": script,
 }
+
+# What torch.load(path, weights_only=False) runs; NumPy's, joblib's and other readers run the rest.
+TORCH_RUNS = (
+    "plain pickle", "older stream", "archive", "deflated archive", "wrong checksum", "renamed member",
+    "pickle before an archive", "broken behind the payload", "no STOP", "without a magic number", "text first",
+    "payload before garbage", "capitals", "tar", "tar without its magic number", "tar with a link", "tar with a name twice",
+    "safetensors too",
+)  # fmt: skip

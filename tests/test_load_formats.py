@@ -180,9 +180,11 @@ def test_plain_pickle_of_every_protocol(protocol: int, tmp_path: Path) -> None:
 def test_joblib(tmp_path: Path) -> None:
     joblib = pytest.importorskip("joblib")
     value = {"w": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.random.rand(3, 4)), "v": np.ones(3, np.float32)}
-    joblib.dump({"text": np.array(["a", "bc"]), "objects": np.array([{}], dtype=object), **value}, tmp_path / "x.joblib")
+    others = {"text": np.array(["a", "bc"]), "objects": np.array([{"deep": np.ones(2)}], dtype=object)}
+    joblib.dump({**others, **value}, tmp_path / "x.joblib")
     checkpoint = load(tmp_path / "x.joblib")
-    assert [problem.tensor for problem in checkpoint.problems] == ["objects"]
+    assert checkpoint.problems == ()
+    assert np.array_equal(checkpoint.arrays["objects.0.deep"].read(), np.ones(2))
     for name, array in value.items():
         assert np.array_equal(checkpoint.arrays[name].read(), array)
 
@@ -442,7 +444,7 @@ BOMBS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_pickle_bombs_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("initaudit.load.pickle_reader.MAX_OPCODES", 100_000 if name == "many opcodes" else MAX_OPCODES)
+    monkeypatch.setattr("initaudit.load.pickle_machine.MAX_OPCODES", 100_000 if name == "many opcodes" else MAX_OPCODES)
     (tmp_path / "x.pkl").write_bytes(BOMBS[name])
     try:
         checkpoint = load(tmp_path / "x.pkl")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from malicious import CASES, CONTAINERS, WEIGHTS, Case, object_array, plain, shell
+from malicious import CASES, CONTAINERS, TORCH_RUNS, WEIGHTS, Case, object_array, plain, shell
 from malicious import _system as system
 
 from initaudit.errors import UnreadableModel
@@ -72,6 +72,24 @@ for number in range({len(running)}):
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60, **quiet)
     silent = [case.name for number, case in enumerate(running) if not (tmp_path / f"{number}.canary").exists()]
+    assert silent == []
+
+
+def test_containers_bite(tmp_path: Path) -> None:
+    """torch.load, told to trust the file, runs what these containers hold, whatever they look like."""
+    for number, kind in enumerate(TORCH_RUNS):
+        (tmp_path / f"{number}.pt").write_bytes(CONTAINERS[kind](system(tmp_path / f"{number}.canary")))
+    program = f"""
+import torch, warnings
+warnings.simplefilter("ignore")
+for number in range({len(TORCH_RUNS)}):
+    try:
+        torch.load(f"{{number}}.pt", weights_only=False)
+    except Exception:
+        pass
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
+    silent = [kind for number, kind in enumerate(TORCH_RUNS) if not (tmp_path / f"{number}.canary").exists()]
     assert silent == []
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from initaudit.errors import InitauditError, UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.foreign import describe_foreign
+from initaudit.load.guarded import guarded
 from initaudit.load.module import from_module, is_module_spec, load_spec
 from initaudit.load.onnx_file import load_proto
 from initaudit.load.registry import HEAD_BYTES, formats
@@ -40,7 +41,7 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
             return load_spec(text)
         raise UnreadableModel(show(text, 200), *_missing(text, path))
     try:
-        return recognise(path).load(path)
+        return guarded(path, lambda found: recognise(found).load(found))
     except InitauditError:
         raise
     except RecursionError as error:
@@ -56,6 +57,9 @@ def recognise(path: Path) -> Format:
     where = show(path, 200)
     head = _head(path)
     claims = [form for form in formats().values() if form.recognise(path, head)]
+    # Without a magic number a pickle is a guess, and what it would run is asked of every file (see `guarded`)
+    certain = [form for form in claims if form.name != "pickle"]
+    claims = certain if certain else claims
     if len(claims) == 1:
         return claims[0]
     if claims:

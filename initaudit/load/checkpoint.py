@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -45,11 +45,15 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something a loader noticed and that a rule reports: `code` is the rule's ("IA001", "IA502", "IA505")."""
+    """Something a loader noticed and that a rule reports: `code` is the rule's ("IA001", "IA502", "IA505").
+
+    `severity` is given where it is less than the rule's own.
+    """
 
     code: str
     tensor: str
     message: str
+    severity: Literal["error", "warning", "info"] | None = None
 
 
 @dataclass(frozen=True)

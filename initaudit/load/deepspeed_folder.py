@@ -13,6 +13,8 @@ from typing import Any
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.finish import WRAPPERS
+from initaudit.load.hidden import look_into
+from initaudit.load.pickle_arrays import code_problems
 from initaudit.load.pickle_values import Recorder
 from initaudit.load.spans import Span, show
 from initaudit.load.state_dict import checkpoint_of
@@ -48,6 +50,12 @@ def load(path: Path) -> Checkpoint:
         problems += [replace(p, message=f"{show(file.name)}: {p.message}") for p in state.problems if p.code == "IA505"]
         held = {**state.arrays, **state.optimizer}
         optimizer.update({f"{file.stem}.{name}": array for name, array in held.items()})
+    for file in sorted(path.iterdir()):
+        if file.is_file() and file not in (*models, *optimizers):
+            recorder = Recorder()
+            look_into(Span.of_file(file), show(file.name), recorder)
+            found = [p for p in code_problems(recorder) if p.code == "IA505"]
+            problems += [replace(p, message=f"{show(file.name)}: {p.message}") for p in found]
     problems += _missing(root, made, bool(optimizers), where)
     return replace(made, source=str(path), format=FORMAT, problems=tuple(problems), optimizer=optimizer, notes=tuple(notes))
 

@@ -13,6 +13,7 @@ import numpy as np
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem, numpy_dtype
 from initaudit.load.finish import finish
+from initaudit.load.hidden import look_into
 from initaudit.load.onnx_tensors import resolve_external
 from initaudit.load.pickle_arrays import as_array, code_problems
 from initaudit.load.pickle_globals import KNOWN, sizes, torch_dtype
@@ -62,6 +63,8 @@ def load(path: Path) -> Checkpoint:
     chunks: dict[str, list[Chunk]] = {}
     for (name, offset), (file, start, length) in places.items():
         if name not in tensors:
+            # What is no tensor was saved as a pickle, and torch.distributed.checkpoint unpickles it
+            _look_into(path, file, start, length, f"{where}: {show(name)}", recorder)
             continue
         try:
             chunks.setdefault(name, []).append(Chunk(offset, _chunk(path, file, start, length, name, where, recorder)))
@@ -136,6 +139,15 @@ def _state(value: Any) -> dict[str, Any]:
     if isinstance(value, Call) and value.state is None:
         return {}
     raise TypeError("a table is not what it should be")
+
+
+def _look_into(folder: Path, file: str, start: int, length: int, label: str, recorder: Recorder) -> None:
+    try:
+        path, size = resolve_external(folder, file, label)
+        if start >= 0 and length >= 0 and start + length <= size:
+            look_into(Span(path, start, length), label, recorder)
+    except UnreadableModel as error:
+        recorder.broken.append(str(error))
 
 
 def _chunk(folder: Path, file: str, start: int, length: int, name: str, where: str, recorder: Recorder) -> Array:

@@ -7,6 +7,7 @@ optimizer's state. config.json is kept as metadata; code that it points to is no
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +17,15 @@ from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.deepspeed_folder import MODEL
 from initaudit.load.finish import finish, strip_names
+from initaudit.load.guarded import guarded
 from initaudit.load.registry import HEAD_BYTES, Format, formats
 from initaudit.load.spans import reason, show
 
 FORMAT = "folder"
 PREFERENCE = ("safetensors", "torch_zip", "pickle", "torch_tar", "onnx", "gguf", "exported_program", "torchscript")
 PICKLED = ("torch_zip", "pickle", "torch_tar")
+# Formats that may have a pickle in them: each such file is read for what it would run, chosen or not
+INSPECTED = (*PICKLED, "torchscript", "exported_program", "numpy", "archive")
 MAX_JSON = 64 << 20
 MAX_FILES = 10_000
 _SHARD = re.compile(r"(.*?)[-_.](\d+)[-_]of[-_](\d+)(.*)")
@@ -41,14 +45,16 @@ def recognise(path: Path, head: bytes) -> bool:
     """True for a folder with an index or at least one file of a known format."""
     if not path.is_dir() or any(path.glob(MODEL)) or (path / ".metadata").is_file():
         return False
-    return any(_is_index(file) or _format_of(file) is not None for file in _files(path))
+    if any(_is_index(file) or _format_of(file) is not None for file in _files(path)):
+        return True
+    return any(_leaves(path, file) for file in path.iterdir())
 
 
 def load(path: Path) -> Checkpoint:
     """Reads the folder at `path`; raises `UnreadableModel` where several models lie in it or none can be read."""
     where = show(path, 200)
     found = _look(path, where)
-    pickles = {file: _read(file) for form in PICKLED for file in found.files.get(form, [])}
+    pickles = {file: _read(file) for form in INSPECTED for file in found.files.get(form, [])}
     index = next(iter(sorted(found.indexes, key=lambda file: "safetensors" not in file.name)), None)
     if index is not None:
         made = _from_index(path, index, found, pickles, where)
@@ -68,10 +74,22 @@ def load(path: Path) -> Checkpoint:
 
 
 def _files(path: Path) -> list[Path]:
-    files = sorted(file for file in path.iterdir() if file.is_file())
+    files = sorted(file for file in path.iterdir() if file.is_file() and not _leaves(path, file))
     if len(files) > MAX_FILES:
         raise UnreadableModel(show(path, 200), f"a folder of {len(files)} files", f"at most {MAX_FILES}")
     return files
+
+
+def _leaves(folder: Path, file: Path) -> bool:
+    """Whether a file is a symbolic link out of the folder: a model from a stranger must not make us read any other file.
+
+    The cache of the Hugging Face hub is made of links from snapshots/REVISION into blobs/ beside it; these may be followed.
+    """
+    if not file.is_symlink():
+        return False
+    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(file))
+    blobs = root.parent.parent / "blobs"
+    return not target.is_relative_to(root) and not (root.parent.name == "snapshots" and target.is_relative_to(blobs))
 
 
 def _is_index(file: Path) -> bool:
@@ -93,12 +111,16 @@ def _format_of(file: Path) -> Format | None:
 
 def _look(path: Path, where: str) -> Found:
     found = Found()
+    for file in sorted(path.iterdir()):
+        if _leaves(path, file):
+            text = f"{where}: {show(file.name)} is a symbolic link out of the folder, which was not followed; copy the file"
+            found.problems.append(Problem("IA001", "", text))
     for file in _files(path):
         if _is_index(file):
             found.indexes[file] = _weight_map(file, where)
         elif file.suffix == ".py":
             found.notes.append(f"{show(file.name)} is code; it was not run")
-        elif file.suffix not in (".json", ".md", ".txt"):
+        elif file.suffix != ".json":
             form = _format_of(file)
             if form is not None:
                 found.files.setdefault(form.name, []).append(file)
@@ -127,7 +149,7 @@ def _read(file: Path) -> Checkpoint | UnreadableModel:
     if form is None:
         return UnreadableModel(show(file, 200), "of no known format, or damaged at its start")
     try:
-        return form.load(file)
+        return guarded(file, form.load)
     except UnreadableModel as error:
         return error
 
@@ -144,8 +166,8 @@ def _from_index(
     for shard in sorted(set(weights.values())):
         promised = [name for name, file in weights.items() if file == shard]
         path = folder / shard
-        if Path(shard).name != shard or not path.is_file():
-            found_text = "is missing" if Path(shard).name == shard else "lies outside the folder"
+        if Path(shard).name != shard or not path.is_file() or _leaves(folder, path):
+            found_text = "lies outside the folder" if Path(shard).name != shard or path.is_symlink() else "is missing"
             example = f"{len(promised)} tensors with it, such as {show(promised[0])}"
             problems.append(Problem("IA502", promised[0], f"{where}: the shard {show(shard)} {found_text}: {example}"))
             continue

@@ -12,19 +12,17 @@ from numpy.lib import format as npy
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.finish import finish
+from initaudit.load.hidden import looks_like_pickle, pickles
 from initaudit.load.pickle_arrays import code_problems
-from initaudit.load.pickle_globals import KNOWN
-from initaudit.load.pickle_machine import Machine
-from initaudit.load.pickle_reader import BrokenPickle, read
 from initaudit.load.pickle_values import Recorder
 from initaudit.load.spans import Span, check_bytes, reason, show
-from initaudit.load.torch_stream import nested
 from initaudit.load.torch_zip import hidden_notes
 from initaudit.load.zip_entries import is_zip, member_names, read_entries
 
 FORMAT = "numpy"
 MAGIC = b"\x93NUMPY"
-MAX_HEADER = 10_000  # numpy's own limit for a header
+MAX_HEADER = 1 << 20  # numpy allows 10,000 bytes, and any number where the caller trusts the file
+MAX_TABLE = 10_000  # characters of the literal in it
 MAX_PICKLE = 256 << 20
 
 
@@ -51,14 +49,16 @@ def load(path: Path) -> Checkpoint:
         notes, problems, members = hidden_notes(entries), [], []
         for name, found in entries.items():
             try:
-                members += [(name.removesuffix(".npy"), entry.data()) for entry in found[:1]]
+                # zipfile hands out the last of two members of one name
+                members += [(name.removesuffix(".npy"), entry.data()) for entry in reversed(found)]
             except UnreadableModel as error:
                 problems.append(Problem("IA001", name, str(error)))
     arrays: dict[str, Array] = {}
     recorder = Recorder()
     for name, span in members:
         try:
-            arrays[name] = _array(name, span, f"{where}: {show(name)}", recorder)
+            array = _array(name, span, f"{where}: {show(name)}", recorder)
+            arrays.setdefault(name, array)
         except UnreadableModel as error:
             problems.append(Problem("IA001", name, str(error)))
     problems += code_problems(recorder)
@@ -66,10 +66,14 @@ def load(path: Path) -> Checkpoint:
 
 
 def _array(name: str, span: Span, label: str, recorder: Recorder) -> Array:
-    dtype, shape, fortran, begin = _header(span, label)
+    try:
+        dtype, shape, fortran, begin = _header(span, label)
+    except UnreadableModel:
+        objects_in(span, label, recorder)
+        raise
     data = span.part(begin, span.length - begin)
     if dtype.hasobject:
-        _inspect(data, recorder, label)
+        objects_in(span, label, recorder)
         raise UnreadableModel(label, "an array of Python objects, which is a pickle and is not read")
     if dtype.kind not in "biufc" or dtype.itemsize > 16 or dtype.subdtype is not None:
         raise UnreadableModel(label, f"an array of {show(dtype)}, which holds no plain numbers")
@@ -89,10 +93,10 @@ def _header(span: Span, label: str) -> tuple[np.dtype[Any], tuple[int, ...], boo
         if not head.startswith(MAGIC) or head[6] not in (1, 2, 3):
             raise ValueError("no magic number or an unknown version")
         width = 2 if head[6] == 1 else 4
-        begin = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
+        begin = _begin(head)
         if begin > len(head):
             raise ValueError(f"{begin} bytes of header")
-        table = ast.literal_eval(head[8 + width : begin].decode("latin-1" if head[6] < 3 else "utf-8"))
+        table = ast.literal_eval(head[8 + width : begin].decode("latin-1" if head[6] < 3 else "utf-8").strip()[:MAX_TABLE])
         if not isinstance(table, dict) or table.keys() != {"descr", "fortran_order", "shape"}:
             raise ValueError("not the three entries of a header")
         shape = table["shape"]
@@ -110,11 +114,26 @@ def _reader(data: Span, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: b
     return lambda: data.array(name, shape, big_endian=big_endian)
 
 
-def _inspect(data: Span, recorder: Recorder, label: str) -> None:
+def objects_in(span: Span, label: str, recorder: Recorder) -> Any:
+    """What an array of Python objects holds, read as the pickle that it is; None for an array of numbers."""
+    head = span.part(0, min(span.length, 12)).read()
+    try:
+        dtype, _, _, begin = _header(span, label)
+        if not dtype.hasobject:
+            return None
+    except UnreadableModel:
+        # NumPy repairs some headers; behind one that cannot be read a pickle may stand all the same
+        begin = _begin(head)
+    if begin >= span.length:
+        return None
+    data = span.part(begin, span.length - begin)
     if data.length > MAX_PICKLE:
         recorder.broken.append(f"{label}: a pickle of {data.length} bytes was not looked at")
-        return
-    try:
-        read(Machine(data.read(), KNOWN, recorder, nested=nested(recorder)))
-    except BrokenPickle as error:
-        recorder.broken.append(f"{label}: the pickle breaks off: {reason(error)}")
+        return None
+    raw = data.read()
+    return pickles(raw, label, recorder)[0] if looks_like_pickle(raw) else None
+
+
+def _begin(head: bytes) -> int:
+    width = 2 if head[6:7] == b"\x01" else 4
+    return 8 + width + int.from_bytes(head[8 : 8 + width], "little")

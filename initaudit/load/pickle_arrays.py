@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,16 +16,13 @@ from initaudit.load.spans import byte_count, show
 
 MAX_VISITED = 500_000  # values; a list that holds itself twice at every level has 2**levels
 MAX_DEPTH = 64
+TOO_LARGE = "its values are nested too deeply or too often; what lies below is not read"
 MAX_EXPANDED = 1 << 27  # elements of a view that repeats its storage (stride 0)
 Leaf = tuple[tuple[str, ...], Tensor | NdArray, bool]
 
 
-class TooLarge(Exception):
-    """The values form a tree that is too deep or too large to walk."""
-
-
-def leaves(root: Any) -> Iterator[Leaf]:
-    """(path, tensor, trainable) of everything below `root`, in its order; raises `TooLarge`.
+def leaves(root: Any, broken: list[str] | None = None) -> Iterator[Leaf]:
+    """(path, tensor, trainable) of everything below `root`, in its order; what is too deep or too much is said in `broken`.
 
     Paths follow dictionary keys, list positions and attributes. A pickled nn.Module gives the names of its state_dict, because
     its `_parameters`, `_buffers` and `_modules` stand for no attribute of their own.
@@ -35,8 +33,12 @@ def leaves(root: Any) -> Iterator[Leaf]:
         path, value, trainable, above = stack.pop()
         visited += 1
         if visited > MAX_VISITED or len(above) > MAX_DEPTH:
-            raise TooLarge("its values are nested too deeply or too often")
-        if isinstance(value, (Tensor, NdArray)):
+            if broken is not None and TOO_LARGE not in broken:
+                broken.append(TOO_LARGE)
+            if visited > MAX_VISITED:
+                return
+            continue
+        if isinstance(value, Tensor) or (isinstance(value, NdArray) and value.objects is None):
             yield path, value, trainable
             continue
         if id(value) in above:
@@ -55,6 +57,8 @@ def _children(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ..
         for index, item in enumerate(value):
             if _holds(item):
                 yield (*path, str(index)), item, True
+    elif isinstance(value, NdArray):
+        yield from _children(path, value.objects)
     elif isinstance(value, Call):
         yield from _of_object(path, value)
 
@@ -194,18 +198,39 @@ def _numpy_array(value: NdArray, name: str, label: str) -> Array:
 
 
 def code_problems(recorder: Recorder) -> list[Problem]:
-    """One IA505 for each thing that unpickling would run; layers of torch.nn, which a pickled module is made of, share one."""
-    layers = [
-        event for event in recorder.events.values() if event.label.startswith("torch.nn.modules.") and event.verb == "builds"
-    ]
-    others = [event for event in recorder.events.values() if event not in layers]
+    """One IA505 for each thing that unpickling would run; what libraries that everybody knows build of plain data shares one.
+
+    A layer of torch.nn or a record of settings is made without calling anything of the file's own choice, so that such a file
+    is one to be converted and no attack: a warning.
+    """
+    known = [event for event in recorder.events.values() if event.verb in ("builds", "imports") and _of_library(event.label)]
+    others = [event for event in recorder.events.values() if event not in known]
     problems = [Problem("IA505", "", f"unpickling it {_sentence(event)}; nothing of it was run") for event in others]
-    if layers:
-        names = ", ".join(event.label.rpartition(".")[2] for event in layers[:6]) + (", ..." if len(layers) > 6 else "")
-        found = f"unpickling it builds a whole module out of {names}, which torch.load refuses with weights_only=True"
-        problems.append(Problem("IA505", "", f"{found}; its tensors were read without building it"))
-    problems += [Problem("IA001", "", text) for text in recorder.broken]
+    if known:
+        labels = [event.label for event in known]
+        layers = all(label.startswith("torch.nn.modules.") for label in labels)
+        shown = [label.rpartition(".")[2] if layers else label for label in labels]
+        names = ", ".join(shown[:6]) + (", ..." if len(labels) > 6 else "")
+        made = "a whole module" if any(label.startswith("torch.nn.modules.") for label in labels) else "objects"
+        found = f"unpickling it builds {made} out of {names}, which torch.load refuses with weights_only=True"
+        problems.append(Problem("IA505", "", f"{found}; its tensors were read without building it", severity="warning"))
+    problems += [Problem("IA001", "", text) for text in dict.fromkeys(recorder.broken)]
     return problems
+
+
+# Packages whose classes ordinary checkpoints are made of, and the classes that pickle restores without running a function of
+# the file's choice: layers, optimizers, training arguments, settings, estimators, random states.
+_LIBRARIES = (
+    "torch.nn.modules.", "torch.nn.parallel.", "torch.optim.", "torch.ao.nn.", "torchvision.models.", "timm.models.",
+    "timm.layers.", "transformers.", "lightning.", "pytorch_lightning.", "lightning_fabric.", "omegaconf.", "accelerate.",
+    "peft.", "sklearn.", "numpy.random.", "torch.distributed.fsdp.", "torch.torch_version.", "deepspeed.",
+)  # fmt: skip
+_CLASS = re.compile(r"_*[A-Z]\w*")
+
+
+def _of_library(label: str) -> bool:
+    module, _, name = label.rpartition(".")
+    return f"{module}.".startswith(_LIBRARIES) and _CLASS.fullmatch(name) is not None
 
 
 def _sentence(event: Event) -> str:

@@ -29,6 +29,13 @@ TORCH_DTYPES = {name: name for name in _SAME_NAME.split()} | {
     "double": "float64", "float": "float32", "half": "float16", "long": "int64", "int": "int32", "short": "int16",
     "qint8": "int8", "quint8": "uint8", "qint32": "int32",
 }  # fmt: skip
+# The types of tensors and the dtypes that torch itself takes for safe and that no NumPy type stands for
+# (torch/_weights_only_unpickler.py, _get_allowed_globals)
+_TENSOR_TYPES = [name.replace("Storage", "Tensor") for name in STORAGE_DTYPES]
+_NO_NUMBERS = [
+    "complex32", "float4_e2m1fn_x2", "bits8", "bits16", "bits1x8", "bits2x4", "bits4x2", "quint2x4", "quint4x2",
+    "QUInt2x4Storage", "QUInt4x2Storage", *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),
+]  # fmt: skip
 
 
 def sizes(value: Any) -> tuple[int, ...]:
@@ -99,8 +106,14 @@ def _parameter(machine: Machine, args: tuple[Any, ...]) -> Any:
 
 
 def _from_type(machine: Machine, args: tuple[Any, ...]) -> Any:
-    """torch._tensor._rebuild_from_type_v2(function, type, args, state): calls the function it is given."""
-    return machine.call(args[0], args[2])
+    """torch._tensor._rebuild_from_type_v2(function, type, args, state): calls the function it is given.
+
+    A subclass that wraps other tensors keeps them in its state.
+    """
+    found = machine.call(args[0], args[2])
+    if isinstance(found, Call) and len(args) > 3:
+        found.state = args[3]
+    return found
 
 
 def _meta_tensor(machine: Machine, args: tuple[Any, ...]) -> Tensor:
@@ -188,6 +201,8 @@ def _set_numpy_state(machine: Machine, args: tuple[Any, ...]) -> None:
         raise TypeError("an array without a dtype")
     target.shape, target.dtype, target.fortran = sizes(state[-4]), state[-3], bool(state[-2])
     raw = state[-1]
+    if isinstance(raw, list):
+        target.objects = raw
     if isinstance(raw, str):  # written by Python 2
         raw = raw.encode("latin-1")
     if isinstance(raw, bytes):
@@ -207,6 +222,8 @@ def _known() -> dict[tuple[str, str], Handler | None]:
         ("torch._utils", "_rebuild_device_tensor_from_numpy"): _from_numpy,
         ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _from_numpy,
         ("torch._utils", "_rebuild_xla_tensor"): _from_numpy,
+        ("torch._utils", "_rebuild_nested_tensor"): _first,
+        ("torch._utils", "_rebuild_wrapper_subclass"): None,
         ("torch._utils", "_rebuild_sparse_tensor"): None,
         ("torch._utils", "_rebuild_sparse_csr_tensor"): None,
         ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
@@ -229,10 +246,15 @@ def _known() -> dict[tuple[str, str], Handler | None]:
     for name in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag"):
         known["torch.jit._pickle", name] = _first
     inert = {
-        "torch": [*STORAGE_DTYPES, *TORCH_DTYPES, "Size", "device", "Tensor", "strided", "sparse_coo", "sparse_csr",
-                  "per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams", "preserve_format",
+        "torch": [*STORAGE_DTYPES, *TORCH_DTYPES, *_TENSOR_TYPES, *_NO_NUMBERS,
+                  "Size", "device", "Tensor", "strided", "sparse_coo", "sparse_csr",
+                  "per_tensor_affine", "per_channel_affine", "per_tensor_symmetric", "per_channel_symmetric",
+                  "per_channel_affine_float_qparams", "preserve_format",
                   "contiguous_format", "channels_last", "channels_last_3d"],
         "torch.storage": ["UntypedStorage", "TypedStorage"],
+        "torch.cuda": [*STORAGE_DTYPES, *_TENSOR_TYPES],
+        "torch.sparse": _TENSOR_TYPES,
+        "torch.cuda.sparse": _TENSOR_TYPES,
         "torch.serialization": ["_get_layout"],
         "numpy": ["ndarray"],
         "builtins": ["set", "frozenset", "bytearray", "complex", "slice", "range", "list", "dict", "tuple", "int", "float",

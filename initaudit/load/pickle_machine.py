@@ -55,7 +55,7 @@ class Machine:
         self.persistent = persistent if persistent is not None else lambda pid: Opaque(f"persistent id {describe(pid)}")
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.opcodes = 0
+        self.opcodes, self.most, self.broke = 0, MAX_OPCODES, False
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes; checked before they are copied."""

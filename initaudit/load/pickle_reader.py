@@ -1,19 +1,59 @@
-"""The opcodes of pickle protocols 0 to 5, after CPython's Lib/pickle.py, on the inert values of `pickle_machine`."""
+"""The opcodes of pickle protocols 0 to 5, after CPython's Lib/pickle.py, on the inert values of `pickle_machine`.
+
+Where CPython's C implementation takes more than its Python one (a number that ends at a zero byte, an octal one), so does this
+reader: a stream that it gave up earlier than a real unpickler could hide what runs behind. A value that cannot be told is a
+record of that, and reading goes on; only a lost position in the stream ends it.
+"""
 
 from __future__ import annotations
 
 import codecs
+import re
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from initaudit.load.pickle_machine import MARK, MAX_DIGITS, MAX_OPCODES, BrokenPickle, Machine, as_key, extend, set_items
+from initaudit.load.pickle_machine import MARK, MAX_DIGITS, BrokenPickle, Machine, as_key, extend, set_items
 from initaudit.load.pickle_values import Opaque
-from initaudit.load.spans import show
+from initaudit.load.spans import reason, show
 
-__all__ = ["BrokenPickle", "read"]
+__all__ = ["BrokenPickle", "read", "read_or_remains"]
 
 Step = Callable[[Machine], None]
+# What asks for a name, where reading stopped: GLOBAL or INST, or two short texts before a STACK_GLOBAL
+_NAMES = re.compile(
+    rb"[ci]([A-Za-z_][\w.]{1,80})\n([A-Za-z_][\w.]{1,80})\n"
+    rb"|\x8c.([A-Za-z_][\w.]{1,80})(?:\x94|[qr].{1,4}?)?\x8c.([A-Za-z_][\w.]{1,80})(?:\x94|[qr].{1,4}?)?\x93",
+    re.DOTALL,
+)
+_SCANNED = 64 << 20  # bytes behind the place where a stream broke off
+
+
+class TooManyOpcodes(BrokenPickle):
+    """The bound of ours: what stands behind was not looked at."""
+
+
+def read_or_remains(machine: Machine, label: str) -> Any:
+    """The value of the stream; where it breaks off, what it had built, and the names that the bytes behind ask for.
+
+    A real unpickler may get further than this one, so names of the standard library behind the break are reported too.
+    """
+    try:
+        return read(machine)
+    except BrokenPickle as error:
+        recorder = machine.recorder
+        machine.broke = True
+        recorder.broken.append(f"{label} breaks off: {reason(error)}")
+        if isinstance(error, TooManyOpcodes):
+            recorder.note(
+                "takes", f"more than {machine.most} opcodes, which no checkpoint needs: what stands behind was not read"
+            )
+        for found in _NAMES.finditer(machine.data[machine.place : machine.place + _SCANNED]):
+            module, name = (part.decode() for part in found.groups() if part is not None)
+            if module.partition(".")[0] in sys.stdlib_module_names and (module, name) not in machine.known:
+                recorder.note("asks for", f"{module}.{name}, behind the place where reading stopped")
+        return machine.remains()
 
 
 def read(machine: Machine) -> Any:
@@ -29,8 +69,8 @@ def read(machine: Machine) -> Any:
         machine.opcodes += 1
         if step is None:
             raise BrokenPickle(f"byte {machine.place - 1} is no opcode")
-        if machine.opcodes > MAX_OPCODES:
-            raise BrokenPickle(f"more than {MAX_OPCODES} opcodes")
+        if machine.opcodes > machine.most:
+            raise TooManyOpcodes(f"more than {machine.most} opcodes")
         try:
             step(machine)
         except (ValueError, TypeError, IndexError, OverflowError, struct.error) as error:
@@ -50,28 +90,56 @@ def _pushing(make: Callable[[Machine], Any]) -> Step:
     return lambda machine: machine.stack.append(make(machine))
 
 
+def _c_text(machine: Machine) -> bytes:
+    """A line as C sees it: it ends at a zero byte."""
+    return machine.line().partition(b"\0")[0]
+
+
 def _int_line(machine: Machine) -> Any:
-    text = machine.line()
+    text = _c_text(machine)
     if text in (b"00", b"01"):
         return text == b"01"
-    return _decimal(text)
+    return _integer(text, 0)
 
 
-def _decimal(text: bytes) -> int:
+def _integer(text: bytes, base: int) -> Any:
     if len(text) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(text)} digits")
-    return int(text.removesuffix(b"L"), 0)
+        return Opaque(f"a number of {len(text)} digits")
+    for tried in (base, 8, 10):  # strtol reads a leading zero as octal
+        try:
+            return int(text, tried)
+        except ValueError:
+            continue
+    return Opaque("a text where a number was announced")
 
 
-def _quoted(machine: Machine) -> str:
+def _float_line(machine: Machine) -> Any:
+    text = _c_text(machine)
+    try:
+        return float(text)
+    except ValueError:
+        return Opaque("a text where a number was announced")
+
+
+def _quoted(machine: Machine) -> Any:
     text = machine.line().strip()
     if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in (b'"', b"'"):
-        raise ValueError("a text without quotes")
-    return str(codecs.escape_decode(text[1:-1])[0].decode("latin-1"))
+        return Opaque("a text without quotes")
+    try:
+        return str(codecs.escape_decode(text[1:-1])[0].decode("latin-1"))
+    except ValueError:
+        return Opaque("a text with a broken escape")
 
 
 def _text(read_bytes: Callable[[Machine], bytes], encoding: str) -> Step:
-    return _pushing(lambda machine: read_bytes(machine).decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict"))
+    def make(machine: Machine) -> Any:
+        raw = read_bytes(machine)
+        try:
+            return raw.decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
+        except ValueError:
+            return raw.decode("latin-1")
+
+    return _pushing(make)
 
 
 def _mark(machine: Machine) -> None:
@@ -143,8 +211,12 @@ def _memoize(machine: Machine) -> None:
 
 
 def _global(machine: Machine) -> None:
-    module, name = machine.line().decode("utf-8"), machine.line().decode("utf-8")
-    machine.stack.append(machine.find(module, name))
+    machine.stack.append(machine.find(*_two_lines(machine)))
+
+
+def _two_lines(machine: Machine) -> tuple[str, str]:
+    module, name = machine.line(), machine.line()
+    return module.decode("utf-8", "backslashreplace"), name.decode("utf-8", "backslashreplace")
 
 
 def _stack_global(machine: Machine) -> None:
@@ -169,12 +241,12 @@ def _new_object(machine: Machine) -> None:
 
 def _new_object_ex(machine: Machine) -> None:
     keywords, args, kind = machine.pop(), machine.pop(), machine.pop()
-    machine.stack.append(machine.call(kind, (*args, keywords) if keywords else args, "builds"))
+    machine.stack.append(machine.call(kind, (*args, keywords) if keywords and isinstance(args, tuple) else args, "builds"))
 
 
 def _instance(machine: Machine) -> None:
     values = machine.pop_mark()
-    found = machine.find(machine.line().decode("ascii"), machine.line().decode("ascii"))
+    found = machine.find(*_two_lines(machine))
     machine.stack.append(machine.call(found, tuple(values)))
 
 
@@ -207,7 +279,7 @@ def _quad(machine: Machine) -> int:
 
 
 def _line_number(machine: Machine) -> int:
-    return _decimal(machine.line())
+    return int(_c_text(machine)[:MAX_DIGITS], 10)
 
 
 def _nothing(machine: Machine) -> None:
@@ -228,13 +300,13 @@ OPCODES: dict[bytes, Step] = {
     b"\x88": _pushing(lambda m: True),
     b"\x89": _pushing(lambda m: False),
     b"I": _pushing(_int_line),
-    b"L": _pushing(lambda m: _decimal(m.line())),
+    b"L": _pushing(lambda m: _integer(_c_text(m).removesuffix(b"L"), 0)),
     b"J": _pushing(lambda m: int.from_bytes(m.take(4), "little", signed=True)),
     b"K": _pushing(_byte),
     b"M": _pushing(lambda m: _number(m, 2)),
     b"\x8a": _pushing(lambda m: int.from_bytes(_sized(1)(m), "little", signed=True)),
     b"\x8b": _pushing(lambda m: int.from_bytes(_sized(4, signed=True)(m), "little", signed=True)),
-    b"F": _pushing(lambda m: float(m.line())),
+    b"F": _pushing(_float_line),
     b"G": _pushing(lambda m: struct.unpack(">d", m.take(8))[0]),
     # text and bytes; Python 2's str is read as Latin-1, which loses nothing
     b"S": _pushing(_quoted),

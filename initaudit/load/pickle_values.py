@@ -15,6 +15,7 @@ _NUMBER = re.compile(r"\?|b1|[iuf][1248]|c(8|16)|f16")  # what numpy calls a boo
 ARGUMENT_CHARACTERS = 60  # of each argument that a message repeats
 DESCRIBED_DEPTH = 3
 DESCRIBED_ITEMS = 4
+VARIANTS = 5  # calls of one function with other arguments that are told apart
 
 
 @dataclass(eq=False, slots=True)
@@ -103,17 +104,18 @@ class Dtype:
 
 @dataclass(eq=False, slots=True)
 class NdArray:
-    """numpy.ndarray as its pickle builds it; `raw` stays None for one of objects."""
+    """numpy.ndarray as its pickle builds it; `raw` stays None for one of `objects`."""
 
     shape: tuple[int, ...] = ()
     dtype: Dtype | None = None
     fortran: bool = False
     raw: Span | None = None
+    objects: list[Any] | None = None
 
 
 @dataclass(slots=True)
 class Event:
-    """Something that unpickling would do: `verb` is "imports", "calls", "builds" or "changes"."""
+    """Something that unpickling would do: `verb` is "imports", "calls", "builds", "changes", or "asks for" behind a break."""
 
     verb: str
     label: str
@@ -129,15 +131,40 @@ class Recorder:
     broken: list[str] = field(default_factory=list)
 
     def note(self, verb: str, label: str, args: Any = None) -> None:
-        """Adds an event, or makes the one of the same name more specific: what is called was imported first."""
+        """Adds an event, or makes the one of the same name more specific: what is called was imported first.
+
+        The same function with other arguments is another event, up to `VARIANTS` of them.
+        """
         detail = "" if args is None else describe(args)
         known = self.events.get(label)
+        if known is not None and known.verb != "imports" and verb != "imports" and known.detail != detail:
+            label = next((key for key in _variants(label) if self._takes(key, detail)), label)
+            known = self.events.get(label)
         if known is None:
-            self.events[label] = Event(verb, label, detail)
+            self.events[label] = Event(verb, label.partition("\0")[0], detail)
         elif known.verb == "imports":
             known.verb, known.detail = verb, detail
         elif verb != "imports":
             known.count += 1
+
+    def _takes(self, key: str, detail: str) -> bool:
+        return key not in self.events or self.events[key].detail == detail
+
+    def take(self, other: Recorder) -> None:
+        """Adds what another recorder holds."""
+        for key, event in other.events.items():
+            known = self.events.get(key)
+            if known is None or known.verb == "imports":
+                self.events[key] = event
+            elif known.detail == event.detail:
+                known.count = max(known.count, event.count)  # the same bytes may have been read twice
+            else:
+                self.note(event.verb, event.label)
+        self.broken += other.broken
+
+
+def _variants(label: str) -> list[str]:
+    return [f"{label}\0{number}" for number in range(1, VARIANTS)]
 
 
 def label_of(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
 import os
@@ -79,6 +80,15 @@ class Span:
         except (OSError, ValueError) as error:
             raise UnreadableModel(show(self.path), reason(error)) from error
 
+    @contextmanager
+    def opened(self) -> Iterator[io.RawIOBase | io.BytesIO]:
+        """The bytes as a file that is read from its own start; raises `UnreadableModel` where it cannot be mapped."""
+        if self.data is not None:
+            yield io.BytesIO(self.read())
+            return
+        with self.mapped() as view:
+            yield _View(view)
+
     def read(self) -> bytes:
         """The bytes themselves; raises `UnreadableModel` where the file has become shorter."""
         if self.data is not None:
@@ -123,6 +133,33 @@ class Span:
             return np.memmap(self.path, dtype=dtype, mode="r", offset=self.offset, shape=shape)
         except (OSError, ValueError) as error:
             raise UnreadableModel(show(self.path), reason(error)) from error
+
+
+class _View(io.RawIOBase):
+    """A memory map as a file."""
+
+    def __init__(self, view: memoryview) -> None:
+        super().__init__()
+        self.view, self.place = view, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.place = max(0, offset + (0, self.place, len(self.view))[whence])
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = len(self.view) if size is None or size < 0 else self.place + size
+        found = bytes(self.view[self.place : end])
+        self.place += len(found)
+        return found
 
 
 def reason(error: BaseException) -> str:

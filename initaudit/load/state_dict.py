@@ -9,7 +9,7 @@ from typing import Any
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.finish import finish
-from initaudit.load.pickle_arrays import Leaf, TooLarge, as_array, code_problems, leaves
+from initaudit.load.pickle_arrays import Leaf, as_array, code_problems, leaves
 from initaudit.load.pickle_values import Call, NdArray, Recorder, Tensor
 from initaudit.load.spans import show
 
@@ -29,11 +29,8 @@ def checkpoint_of(root: Any, source: str, format: str, where: str, recorder: Rec
     The weights keep their names in the state dict that holds them; where only one does, its own path is left off (noted).
     Raises `UnreadableModel` where there is no tensor at all.
     """
+    found = sort_leaves(root, recorder.broken)
     problems = code_problems(recorder)
-    try:
-        found = sort_leaves(root)
-    except TooLarge as error:
-        raise UnreadableModel(where, str(error), advice="the file is hostile") from error
     prefix = next(iter(found.groups)) if len(found.groups) == 1 else ()
     if prefix:
         found.notes.append(f"weights taken from {show('.'.join(prefix))!r}")
@@ -66,7 +63,7 @@ def named_arrays(found: list[Leaf], where: str, problems: list[Problem]) -> dict
     return arrays
 
 
-def sort_leaves(root: Any) -> Sorted:
+def sort_leaves(root: Any, broken: list[str]) -> Sorted:
     """Groups what is below `root`; an averaged copy (the same names and shapes once more) is left out and noted."""
     result = Sorted()
     optimizers = tuple(_optimizer_paths(root))
@@ -75,7 +72,7 @@ def sort_leaves(root: Any) -> Sorted:
     nested = isinstance(root, dict) and not any(
         isinstance(value, (Tensor, NdArray)) and _is_float(value) for value in _values(root)
     )
-    for path, leaf, trainable in leaves(root):
+    for path, leaf, trainable in leaves(root, broken):
         if any(path[: len(prefix)] == prefix for prefix in optimizers):
             result.optimizer.append((path, leaf, trainable))
         elif nested and len(path) > 1:

@@ -6,22 +6,24 @@ its number of elements (8 bytes) and its elements
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from mmap import mmap
-from pathlib import Path
 from typing import Any
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import numpy_dtype
+from initaudit.load.hidden import nested
 from initaudit.load.pickle_globals import KNOWN, STORAGE_DTYPES
 from initaudit.load.pickle_machine import Machine
-from initaudit.load.pickle_reader import BrokenPickle, read
+from initaudit.load.pickle_reader import read_or_remains
 from initaudit.load.pickle_values import Global, Opaque, Recorder, Storage, describe
-from initaudit.load.spans import Span, reason, show
+from initaudit.load.spans import Span, show
 
 MAGIC = 0x1950A86A20F9469CFC6C  # torch/serialization.py, MAGIC_NUMBER
 MAGIC_PICKLE = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # as it stands behind the PROTO opcode
+
+# The third tells the writer's byte order; storages are little-endian all the same (torch/csrc/serialization.cpp).
+PARTS = ("magic number", "version", "system information", "object", "list of storages")
 
 
 def is_stream(head: bytes) -> bool:
@@ -89,31 +91,16 @@ def read_stream(whole: Span, data: bytes | mmap, recorder: Recorder, depth: int 
     storages = StreamStorages()
     where = show(whole.path, 200)
     machine = Machine(data, KNOWN, recorder, storages, nested(recorder), depth=depth)
-    value: Any = None
-    try:
-        if read(machine) != MAGIC:
-            recorder.broken.append(f"{where}: no magic number of PyTorch at the start of the stream")
-        read(machine)  # the protocol's version
-        system = read(machine)
-        if isinstance(system, dict) and system.get("little_endian") is False:
-            recorder.broken.append(f"{where}: written on a big-endian machine in the old format, whose storages are not read")
-        value = read(machine)
-        keys = read(machine)
-    except BrokenPickle as error:
-        recorder.broken.append(f"{where}: the stream breaks off: {reason(error)}")
-        return value
+    values: list[Any] = []
+    for part in PARTS:
+        machine.stack, machine.memo = [], {}
+        values.append(read_or_remains(machine, f"{where}: the {part} of the stream"))
+        if machine.broke:
+            return values[3] if len(values) > 3 else values
+    if values[0] != MAGIC:
+        recorder.broken.append(f"{where}: no magic number of PyTorch at the start of the stream")
+    value, keys = values[3:]
     wrong = storages.attach(whole, machine.place, keys)
     if wrong:
         recorder.broken.append(f"{where}: {wrong}")
     return value
-
-
-def nested(recorder: Recorder) -> Callable[[bytes, int], Any]:
-    """Reads a stream that stands in the bytes of another (torch.storage._load_from_bytes)."""
-
-    def read_bytes(data: bytes, depth: int) -> Any:
-        if not is_stream(data[:64]):
-            return NotImplemented
-        return read_stream(Span.of_bytes(Path("."), data), data, recorder, depth)
-
-    return read_bytes

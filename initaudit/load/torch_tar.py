@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import struct
-import tarfile
 from pathlib import Path
 from typing import Any
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Checkpoint, numpy_dtype
+from initaudit.load.hidden import is_tar, look_into, nested, tar_members
 from initaudit.load.pickle_globals import KNOWN, STORAGE_DTYPES
 from initaudit.load.pickle_machine import Machine
-from initaudit.load.pickle_reader import BrokenPickle, read
+from initaudit.load.pickle_reader import BrokenPickle, read, read_or_remains
 from initaudit.load.pickle_values import Global, Opaque, Recorder, Storage, Tensor
 from initaudit.load.spans import Span, reason, show
 from initaudit.load.state_dict import checkpoint_of
-from initaudit.load.torch_stream import nested
 
 FORMAT = "torch_tar"
 MAX_TENSORS = 1_000_000
@@ -24,43 +23,43 @@ MAX_AXES = 64
 
 def recognise(path: Path, head: bytes) -> bool:
     """True for a tar archive with the three members."""
-    if head[257:262] != b"ustar":
+    if not is_tar(head):
         return False
     try:
-        return {"storages", "tensors", "pickle"} <= members(path).keys()
+        return {"storages", "tensors", "pickle"} <= {_plain(name) for name, _ in tar_members(Span.of_file(path))}
     except UnreadableModel:
         return False
 
 
-def members(path: Path) -> dict[str, Span]:
-    """The regular members of a tar archive where they stand in the file; raises `UnreadableModel` for a broken one."""
-    whole = Span.of_file(path)
-    try:
-        with tarfile.open(path, "r:") as archive:
-            found = [(info.name.removeprefix("./"), info.offset_data, info.size) for info in archive if info.isreg()]
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        raise UnreadableModel(show(path, 200), f"a broken tar archive ({reason(error)})") from error
-    return {name: whole.part(offset, size) for name, offset, size in found}
+def _plain(name: str) -> str:
+    return name.removeprefix("./").rstrip("/")
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads the archive at `path`; raises `UnreadableModel` where it is broken."""
+    """Reads the archive at `path`; raises `UnreadableModel` where it is broken.
+
+    Where a name stands twice, the last is what tarfile hands out; every other member is looked into as well.
+    """
     where = show(path, 200)
-    parts = members(path)
+    members = tar_members(Span.of_file(path))
+    parts = {_plain(name): span for name, span in members} | dict(members)
     recorder = Recorder()
-    root: Any = None
+    tensors: dict[str, Tensor] = {}
     try:
-        storages = _storages(parts["storages"], recorder)
-        tensors = _tensors(parts["tensors"], storages, recorder)
-
-        def persistent(pid: Any) -> Any:
-            if isinstance(pid, tuple):
-                return pid[0] if pid else None  # a container: (class, source, file)
-            return tensors.get(str(pid), Opaque("a tensor that is not in the archive"))
-
-        root = read(Machine(parts["pickle"].read(), KNOWN, recorder, persistent, nested(recorder)))
-    except (BrokenPickle, struct.error, KeyError, TypeError, ValueError) as error:
+        tensors = _tensors(parts["tensors"], _storages(parts["storages"], recorder), recorder)
+    except (BrokenPickle, struct.error, KeyError, TypeError, ValueError, UnreadableModel) as error:
         recorder.broken.append(f"{where}: the archive breaks off: {reason(error)}")
+
+    def persistent(pid: Any) -> Any:
+        if isinstance(pid, tuple):
+            return pid[0] if pid else None  # a container: (class, source, file)
+        return tensors.get(str(pid), Opaque("a tensor that is not in the archive"))
+
+    machine = Machine(parts["pickle"].read(), KNOWN, recorder, persistent, nested(recorder))
+    root = read_or_remains(machine, f"{where}: the object")
+    for name, span in members:
+        if span != parts["pickle"]:
+            look_into(span, f"{where}: {show(name)}", recorder, 1)
     return checkpoint_of(root, str(path), FORMAT, where, recorder)
 
 

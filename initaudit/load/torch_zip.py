@@ -10,14 +10,14 @@ from typing import Any
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Checkpoint, numpy_dtype
+from initaudit.load.hidden import look_into, looks_like_pickle, nested, pickles
 from initaudit.load.pickle_globals import KNOWN, STORAGE_DTYPES, torch_dtype
 from initaudit.load.pickle_machine import KnownGlobals, Machine
-from initaudit.load.pickle_reader import BrokenPickle, read
+from initaudit.load.pickle_reader import read_or_remains
 from initaudit.load.pickle_values import Global, Opaque, Recorder, Storage, describe
-from initaudit.load.spans import Span, reason, show
+from initaudit.load.spans import Span, show
 from initaudit.load.state_dict import checkpoint_of
-from initaudit.load.torch_stream import nested
-from initaudit.load.zip_entries import STORED, Entry, is_zip, member_names, read_entries
+from initaudit.load.zip_entries import Entry, is_zip, member_names, read_entries
 
 FORMAT = "torch_zip"
 MAX_PICKLE = 256 << 20  # bytes of a pickle; tensors are no part of it
@@ -38,12 +38,22 @@ def main_pickles(path: Path, head: bytes) -> list[str]:
     if not is_zip(head):
         return []
     names = member_names(path)
-    return ["data.pkl"] if names is None else [name for name in names if name.rpartition("/")[2] == "data.pkl"]
+    return ["data.pkl"] if names is None else [name for name in names if is_main(name)]
+
+
+def is_main(name: str, main: str = "data.pkl") -> bool:
+    """Whether a member is called so in any folder; PyTorch's reader does not tell capitals from small letters."""
+    return name.rpartition("/")[2].lower() == main
 
 
 def is_torchscript(path: Path) -> bool:
-    """True where constants.pkl stands beside data.pkl: torch.jit.save writes both."""
-    return any(name.rpartition("/")[2] == "constants.pkl" for name in member_names(path) or ())
+    """True where constants.pkl stands beside data.pkl, in one folder: torch.jit.save writes both."""
+    names = member_names(path) or ()
+    return any(is_main(name, "constants.pkl") and _has_data(name.rpartition("/")[0], names) for name in names)
+
+
+def _has_data(folder: str, names: tuple[str, ...]) -> bool:
+    return any(is_main(name) and name.rpartition("/")[0].lower() == folder.lower() for name in names)
 
 
 def load(path: Path) -> Checkpoint:
@@ -62,7 +72,7 @@ def read_archive(span: Span, where: str, recorder: Recorder) -> Any:
 
 
 def _roots(entries: Entries, where: str, recorder: Recorder) -> Any:
-    roots = [read_pickle(entries, name, where, recorder) for name in entries if name.rpartition("/")[2] == "data.pkl"]
+    roots = [read_pickle(entries, name, where, recorder) for name in entries if is_main(name)]
     return roots[0] if len(roots) == 1 else roots
 
 
@@ -74,16 +84,18 @@ def hidden_notes(entries: Entries) -> tuple[str, ...]:
 
 
 def read_hidden(entries: Entries, where: str, recorder: Recorder) -> list[str]:
-    """Reads every other member that is a pickle for what it would run; a loader may be told to open it."""
+    """Reads what every other member holds for what it would run; a loader may be told to open it."""
     notes = []
     for name, found in entries.items():
-        if name.rpartition("/")[2] in MAIN or not found:
+        if any(is_main(name, main) for main in MAIN):
             continue
         for entry in found:
-            front = entry.front if entry.method == STORED else b""
-            if name.endswith((".pkl", ".pickle")) or (front[:1] == b"\x80" and front[1:2] in (b"\2", b"\3", b"\4", b"\5")):
-                _read_one(entries, name, entry, where, recorder)
-                notes.append(f"{show(name)} is a pickle beside the main one")
+            try:
+                if look_into(entry.data(), f"{where}: {show(name)}", recorder, 1):
+                    notes.append(f"{show(name)} is a pickle beside the main one")
+            except UnreadableModel as error:
+                if not entry.name.rpartition("/")[2].isdigit():  # a storage says so itself
+                    recorder.broken.append(str(error))
     return notes
 
 
@@ -105,12 +117,12 @@ def _read_one(
         raise UnreadableModel(where, f"{show(name)} has {entry.size} bytes", f"at most {MAX_PICKLE}")
     root = name.rpartition("/")[0]
     storages = ZipStorages(entries, root, folder)
-    machine = Machine(entry.data().read(), known, recorder, storages, nested(recorder))
-    try:
-        return read(machine)
-    except BrokenPickle as error:
-        recorder.broken.append(f"{where}: {show(name)} breaks off: {reason(error)}")
-        return machine.remains()
+    data = entry.data().read()
+    machine = Machine(data, known, recorder, storages, nested(recorder))
+    value = read_or_remains(machine, f"{where}: {show(name)}")
+    if not machine.broke and looks_like_pickle(data[machine.place :]):
+        pickles(data, f"{where}: {show(name)}", recorder, place=machine.place)
+    return value
 
 
 class ZipStorages:
@@ -119,8 +131,9 @@ class ZipStorages:
     def __init__(self, entries: Entries, root: str, folder: str) -> None:
         self.entries, self.folder = entries, f"{root}/{folder}" if root else folder
         self.found: dict[tuple[str, str], Storage] = {}
-        order = entries.get(f"{root}/byteorder" if root else "byteorder")
-        self.big_endian = order is not None and bool(order) and order[0].data().read()[:8] == b"big"
+        self.lowered = {name.lower(): found for name, found in entries.items()}
+        order = self._members(f"{root}/byteorder" if root else "byteorder")
+        self.big_endian = bool(order) and order[0].data().read()[:8] == b"big"
 
     def __call__(self, pid: Any) -> Any:
         """The storage that a persistent id names; an inert record for an id of another make."""
@@ -132,9 +145,12 @@ class ZipStorages:
             self.found[key, dtype] = self._storage(key, dtype, elements)
         return self.found[key, dtype]
 
+    def _members(self, name: str) -> list[Entry]:
+        return self.entries.get(name) or self.lowered.get(name.lower(), [])
+
     def _storage(self, key: str, dtype: str, elements: int) -> Storage:
         name = f"{self.folder}/{key}"
-        members = self.entries.get(name)
+        members = self._members(name)
         if not members:
             problem = f"the storage {show(name)} is missing from the archive"
             return Storage(key, dtype, elements, None, problem=problem)

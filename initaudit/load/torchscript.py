@@ -17,7 +17,7 @@ from initaudit.load.pickle_machine import Handler
 from initaudit.load.pickle_values import Recorder, Tensor
 from initaudit.load.spans import Span, show
 from initaudit.load.state_dict import named_arrays
-from initaudit.load.torch_zip import hidden_notes, is_torchscript, main_pickles, read_hidden, read_pickle
+from initaudit.load.torch_zip import hidden_notes, is_main, is_torchscript, main_pickles, read_hidden, read_pickle
 from initaudit.load.zip_entries import read_entries
 
 FORMAT = "torchscript"
@@ -48,10 +48,9 @@ def load(path: Path) -> Checkpoint:
     recorder, known = Recorder(), ScriptGlobals(KNOWN)
     found: list[Leaf] = []
     for name in entries:
-        last = name.rpartition("/")[2]
-        if last == "data.pkl":
+        if is_main(name):
             found += leaves(read_pickle(entries, name, where, recorder, known))
-        elif last == "constants.pkl":
+        elif is_main(name, "constants.pkl"):
             value = read_pickle(entries, name, where, recorder, known, "constants")
             found += [(("constants", *path), leaf, False) for path, leaf, _ in leaves(value)]
     code = [show(name, 200) for name in entries if "/code/" in name and name.endswith(".py")]

@@ -12,7 +12,8 @@ class CodeInPickle(Rule):
     """The file would run code when unpickled.
 
     What it does: lists what a pickle names beyond tensors and plain containers, without calling any of it. The tensors are
-    audited all the same.
+    audited all the same. Objects that well-known libraries build of plain data (layers of torch.nn, training arguments,
+    settings) are one warning.
 
     Why it is bad: `torch.load(..., weights_only=False)` and `pickle.load` call whatever the file names, with your rights.
 
@@ -34,7 +35,8 @@ class CodeInPickle(Rule):
         for problem in evidence.checkpoint.problems:
             if problem.code == self.code:
                 yield self.finding(
-                    f"unpickling this file would run code: {problem.message}; nothing of it was run here",
+                    problem.message,
                     "load it with torch.load(path, weights_only=True), or ask for safetensors",
+                    severity=problem.severity,
                     tensor=problem.tensor,
                 )
