@@ -13,7 +13,21 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "initaudit"
 ORDER = (
     *("errors", "suggest", "location", "config", "roles", "load", "onnx_ops", "graph", "measure", "pair", "expect"),
-    *("probe", "rules", "report", "auditing", "baseline", "session", "progress", "options", "testing", "cli", "__main__"),
+    *(
+        "probe",
+        "rules",
+        "report",
+        "auditing",
+        "baseline",
+        "session",
+        "progress",
+        "options",
+        "testing",
+        "integrations",
+        "pytest_plugin",
+        "cli",
+        "__main__",
+    ),
 )
 LIGHT = ("torch", "onnx", "numpy", "tabulate")
 

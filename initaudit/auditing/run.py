@@ -71,20 +71,23 @@ def audit(model: Any, inputs: Any = None, *, config: Config | Mapping[str, Any] 
     `Config` or a mapping of its fields. Raises UnreadableModel where the model cannot be read or run, UsageError for inputs or
     configuration that mean nothing.
     """
-    settings = config if isinstance(config, Config) else Config(**_known(config or {}))
+    settings = config if isinstance(config, Config) else Config(**known_fields(config or {}))
+    return Audit(_in_force(report_on(open_model(model), settings, inputs=inputs), settings))
+
+
+def open_model(model: Any) -> Checkpoint:
+    """The checkpoint of whatever `audit` takes; raises UnreadableModel, and UsageError for anything else."""
     if isinstance(model, (str, os.PathLike)):
-        checkpoint = load(model)
-    elif hasattr(model, "graph") and hasattr(model, "opset_import"):
-        checkpoint = load_proto(model)
-    elif hasattr(model, "named_parameters") and callable(model):
-        checkpoint = from_module(model)
-    else:
-        kind = type(model).__name__
-        raise UsageError("audit", f"a {kind} was given", "a path, a torch.nn.Module or an onnx.ModelProto")
-    return Audit(_in_force(report_on(checkpoint, settings, inputs=inputs), settings))
+        return load(model)
+    if hasattr(model, "graph") and hasattr(model, "opset_import"):
+        return load_proto(model)
+    if hasattr(model, "named_parameters") and callable(model):
+        return from_module(model)
+    raise UsageError("audit", f"a {type(model).__name__} was given", "a path, a torch.nn.Module or an onnx.ModelProto")
 
 
-def _known(fields: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `Config`; raises UsageError with the nearest name for one that does not exist."""
     from initaudit.suggest import did_you_mean
 
     names = [f.name for f in dataclasses.fields(Config)]

@@ -106,6 +106,15 @@ def recognise(seen: Observation, site: Site) -> Recognition:
     )
 
 
+def moment_p_value(seen: Observation, scheme: Scheme) -> float:
+    """The p-value of mean, variance, extremes and kurtosis under a scheme that is no constant; 0 for values that are one."""
+    if seen.moments.count == 0 or seen.moments.nan or seen.moments.inf or seen.moments.m2 == 0:
+        return 0.0
+    law = law_of(scheme.distribution, scheme.bound, scheme.variance) if scheme.distribution == "truncated" else _simple(scheme)
+    tests = _moment_tests(seen, scheme, law)
+    return min(1.0, min(tests) * len(tests))
+
+
 def _constant(value: float, site: Site) -> Recognition:
     names = [s for s in catalogue(site) if s.distribution == "constant" and math.isclose(s.mean, value, rel_tol=4e-3)]
     # 16-bit types round by up to 0.4 %; the nearest name is meant.

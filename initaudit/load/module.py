@@ -23,6 +23,7 @@ import numpy as np
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem, numpy_dtype
 from initaudit.load.spans import reason, show
+from initaudit.load.unwrap import unwrap
 
 if TYPE_CHECKING:
     import torch
@@ -64,8 +65,8 @@ def load_spec(spec: str) -> Checkpoint:
 def from_module(module: torch.nn.Module) -> Checkpoint:
     """The parameters and buffers of `module` as views of its memory, tied ones with one `storage`; `program` is the module.
 
-    Wrappers (DataParallel, DistributedDataParallel, torch.compile) are taken off first. Values follow later changes of the
-    module, because nothing is copied; only tensors of another device or layout are.
+    Wrappers (DataParallel, DistributedDataParallel, FSDP, torch.compile) are taken off first. Values follow later changes of
+    the module, because nothing is copied; only sharded tensors and those of another device or layout are.
     """
     inner, notes = unwrap(module)
     arrays: dict[str, Array] = {}
@@ -79,23 +80,6 @@ def from_module(module: torch.nn.Module) -> Checkpoint:
         except UnreadableModel as error:
             problems.append(Problem("IA001", name, str(error)))
     return Checkpoint(type(inner).__name__, "module", arrays, inner, tuple(problems), notes=notes)
-
-
-def unwrap(module: torch.nn.Module) -> tuple[torch.nn.Module, tuple[str, ...]]:
-    """The module inside its wrappers, and a note for each wrapper that was taken off."""
-    import torch
-
-    notes: list[str] = []
-    while True:
-        inner: Any = None
-        if isinstance(module, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
-            inner = module.module
-        elif isinstance(getattr(module, "_orig_mod", None), torch.nn.Module):
-            inner = module._orig_mod
-        if inner is None:
-            return module, tuple(notes)
-        notes.append(f"taken out of {type(module).__name__}")
-        module = inner
 
 
 def _tensor_array(name: str, tensor: torch.Tensor, trainable: bool) -> Array:

@@ -12,6 +12,7 @@ from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, residual
 from initaudit.rules.remedy import normal_line
 from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.structure import sum_behind
 from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, names, power, sigmas
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 _DEEP = 8
 # Twelve unscaled blocks of GPT-2 grow the stream 40-fold and train; at a thousandfold what a block adds is a thirtieth of it.
 _GROWN = 1e3
-_STEPS = 12  # nodes between a matrix and the sum that it returns to: bias, dropout, layout
 
 
 class ResidualBranchNotScaled(Rule):
@@ -161,7 +161,7 @@ def _stack(evidence: Evidence) -> _Stack | None:
     for layer in fresh_layers(evidence, "contraction"):
         if not layer.moments.m2 > 0:
             continue
-        end = _sum_behind(nodes.get(layer.pair.node), streams)
+        end = sum_behind(nodes.get(layer.pair.node), streams)
         if end is None:
             others.append(layer)
         else:
@@ -180,30 +180,6 @@ def _stack(evidence: Evidence) -> _Stack | None:
         powers = [s.moment2 for n in sums if (s := evidence.trace.signals.get(n.name)) is not None and s.moment2]
         growth = powers[-1] / powers[0] if powers else 1.0
     return _Stack(writers, others, spread, uniform, growth)
-
-
-def _sum_behind(node: fx.Node | None, streams: set[fx.Node]) -> fx.Node | None:
-    """The sum that a matrix's output goes to unchanged and that is carried on past the next block; None for another.
-
-    Several branches may be added one by one (attention and MLP side by side). `streams` are the sums known so far: behind the
-    last block nothing is carried on, but one summand is such a sum.
-    """
-    from initaudit.graph.calls import role_of
-
-    for _ in range(_STEPS):
-        if node is None or len(node.users) != 1:
-            return None
-        user = next(iter(node.users))
-        role = role_of(user)
-        name = (role.name or getattr(user.target, "__name__", "")).lower()
-        if name in ("add", "add_", "sum") and len(user.all_input_nodes) == 2:
-            live = all(a.op != "get_attr" for a in user.all_input_nodes)
-            if live and (len(user.users) > 1 or any(a in streams for a in user.all_input_nodes)):
-                return user
-        elif role.kind != "passthrough":
-            return None
-        node = user
-    return None
 
 
 def _wrong(stack: _Stack) -> list[LayerEvidence]:

@@ -11,6 +11,7 @@ from initaudit.rules.support import to_output, view
 if TYPE_CHECKING:
     from torch import fx
 
+_STEPS = 12  # nodes between a matrix and the sum that it returns to: bias, dropout, layout
 _MOST = 200  # values behind one layer: activation, dropout and layout in primitive operators are a few dozen
 
 
@@ -92,6 +93,30 @@ def _behind(start: fx.Node, constant: Set[fx.Node]) -> Iterator[fx.Node | None]:
                 stack.append(user)
             else:
                 yield None
+
+
+def sum_behind(node: fx.Node | None, streams: set[fx.Node]) -> fx.Node | None:
+    """The sum that a matrix's output goes to unchanged and that is carried on past the next block; None for another.
+
+    Several branches may be added one by one (attention and MLP side by side). `streams` are the sums known so far: behind the
+    last block nothing is carried on, but one summand is such a sum.
+    """
+    from initaudit.graph.calls import role_of
+
+    for _ in range(_STEPS):
+        if node is None or len(node.users) != 1:
+            return None
+        user = next(iter(node.users))
+        role = role_of(user)
+        name = (role.name or getattr(user.target, "__name__", "")).lower()
+        if name in ("add", "add_", "sum") and len(user.all_input_nodes) == 2:
+            live = all(a.op != "get_attr" for a in user.all_input_nodes)
+            if live and (len(user.users) > 1 or any(a in streams for a in user.all_input_nodes)):
+                return user
+        elif role.kind != "passthrough":
+            return None
+        node = user
+    return None
 
 
 def is_mask(evidence: Evidence, name: str) -> bool:
