@@ -77,16 +77,16 @@ def as_products(entries: dict[tuple[object, ...], int]) -> list[tuple[object, ..
 
 @pytest.mark.parametrize(("name", "exporter"), CHOSEN)
 def test_both_doors_compute_the_same(name, exporter):
-    """The judge is the module itself: as in training where norms are kept, since they are fresh; else as in evaluation."""
+    """The judge is the module itself as in training: its norms are fresh, and those that evaluation folds are put back."""
     module, inputs = build(name)
     graph = through_onnx(name, exporter, inputs)
-    # Where a convolution precedes the norm, evaluation folds the two into one.
-    training = exporter in KEEPS or name != "resnet"
     with torch.no_grad(), quiet():
-        truth = without_noise(copy.deepcopy(module)).train(training)(*inputs)
+        truth = without_noise(copy.deepcopy(module)).train()(*inputs)
     result, *_ = Executor(graph).run(*inputs)
-    assert graph.notes == ()
-    torch.testing.assert_close(result, truth, rtol=1e-4, atol=2e-6)
+    assert all("put back" in note for note in graph.notes)
+    # A restored norm may divide by another epsilon than 1e-5, and what was folded was rounded.
+    loose = {"rtol": 1e-3, "atol": 1e-4} if graph.notes else {"rtol": 1e-4, "atol": 2e-6}
+    torch.testing.assert_close(result, truth, **loose)
     of_module, inputs = through_torch(name)
     if exporter in KEEPS:
         torch.testing.assert_close(result, Executor(of_module).run(*inputs)[0], rtol=1e-4, atol=2e-6)

@@ -51,7 +51,8 @@ class Program:
         self.progress("pairing weights with activations")
         pairs: tuple[Pair, ...] = pair(self.graph)
         trace, risk, reason = self._probe()
-        layers = with_recognition(layer_evidence(self.graph, pairs, self.checkpoint, tensors, trace))
+        layers = layer_evidence(self.graph, pairs, self.checkpoint, tensors, trace)
+        layers = with_recognition(layers, self.checkpoint.arrays)
         phase, layers = in_company(layers, self.checkpoint.arrays, tensors, norm_parameters(self.graph), self.config)
         return Evidence(self.checkpoint, self.config, phase, layers, tensors, self.graph, trace, risk, reason)
 

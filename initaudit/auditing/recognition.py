@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,27 +25,34 @@ _COPIED = 4_000_000  # elements
 _FAR = 12.0  # times the median deviation, 8 standard deviations: no draw of this many normal values comes that far
 _HANDFUL = 1e-3  # as a share
 _FLAT_KURTOSIS = 2.2  # between 1.8, a uniform law's, and 3
+_FEW_BITS = 8  # integers of more are as good as floating-point numbers to a test of their law
 _ENOUGH = 1000  # values: fewer may fit some law by chance
 
 
-def with_recognition(layers: tuple[LayerEvidence, ...]) -> tuple[LayerEvidence, ...]:
+def with_recognition(layers: tuple[LayerEvidence, ...], arrays: Mapping[str, Array]) -> tuple[LayerEvidence, ...]:
     """The layers with the schemes that fit their values; a tensor used in two ways is looked at once."""
     known: dict[tuple[object, ...], Recognition | None] = {}
     found = []
     for layer in layers:
         key = (layer.pair.tensor, layer.pair.axes, layer.pair.shape, layer.pair.value if not layer.pair.stored else "")
         if key not in known:
-            known[key] = _recognition(layer)
+            known[key] = _recognition(layer, _bits(arrays.get(layer.pair.tensor)))
         found.append(dataclasses.replace(layer, recognition=known[key]))
     return tuple(found)
 
 
-def _recognition(layer: LayerEvidence) -> Recognition | None:
+def _bits(array: Array | None) -> int:
+    """The bits of the integers that a weight was dequantised from; 0 where it was not, or where they tell no more."""
+    found = re.search(r"\d+", array.quantized) if array is not None else None
+    return bits if found is not None and (bits := int(found[0])) <= _FEW_BITS else 0
+
+
+def _recognition(layer: LayerEvidence, bits: int) -> Recognition | None:
     if layer.moments.size == 0:
         return None
     try:
         values = layer.read()
-        found = recognise(observe(values), site(layer.pair))
+        found = recognise(observe(values, bits), site(layer.pair))
         if found.verdict == "trained":
             return _second_look(values, layer, found)
         return found

@@ -142,7 +142,7 @@ def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progre
         from initaudit.auditing.static import NOTE, named_layers, norm_vectors
 
         checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, NOTE))
-        layers = with_recognition(named_layers(checkpoint, tensors))
+        layers = with_recognition(named_layers(checkpoint, tensors), checkpoint.arrays)
         phase, layers = in_company(layers, checkpoint.arrays, tensors, norm_vectors(checkpoint), config)
         return Evidence(checkpoint, config, phase, layers, tensors, no_probe="the file holds weights and no program")
     from initaudit.auditing.program import open_program

@@ -12,6 +12,7 @@ from torch import fx
 
 from initaudit.graph.graph import Graph, Input
 from initaudit.graph.onnx_build import Builder, Names, identifier
+from initaudit.graph.onnx_folded import folded_norms
 from initaudit.graph.unknown import Unknown
 from initaudit.load.checkpoint import Array
 from initaudit.location import Location
@@ -26,8 +27,11 @@ def from_onnx(model: onnx.ModelProto, arrays: Mapping[str, Array]) -> Graph:
     they would have consumed becomes an output, so that everything upstream can still be probed. Raises UnreadableModel where a
     value is used that nobody makes, and LimitExceeded where functions expand beyond bounds.
     """
-    builder = Builder(scope_of(model).functions, arrays)
     graph = model.graph
+    folded = folded_norms(graph, arrays)
+    builder = Builder(scope_of(model).functions, arrays, folded.restored)
+    if folded.sites:
+        builder.notes.append(folded.note())
     names = Names({"": None}, {normal_domain(o.domain): o.version for o in model.opset_import})
     inputs = tuple(_inputs(graph, builder, names))
     for name in _initialisers(graph):

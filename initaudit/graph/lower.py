@@ -194,19 +194,29 @@ class Lowering:
         data, scale, shift, mean, variance, training, momentum, eps, *rest = list(node.args)
         shape: tuple[int, ...] = node.meta.get("shape") or ()
         single = len(shape) > 1 and shape[0] * (torch.Size(shape[2:]).numel() if len(shape) > 2 else 1) <= 1
-        batch = bool(training) if mean is None else (self.training or self._fresh(mean, variance))
+        batch = (
+            bool(training)
+            if mean is None
+            else (self.training or self._holds((mean, 0), (variance, 1)) or self._holds((scale, 1), (shift, 0)))
+        )
         if batch and not single:
             node.args = (data, scale, shift, None, None, True, momentum, eps, *rest)
         elif mean is not None:
             node.args = (data, scale, shift, mean, variance, False, momentum, eps, *rest)
 
-    def _fresh(self, mean: Any, variance: Any) -> bool:
-        """Running statistics at 0 and 1 have seen no data: training will replace them by those of the batch."""
-        try:
-            m, v = (self.constants.found[n.target].value() for n in (mean, variance))
-        except (KeyError, AttributeError):
-            return False
-        return bool((m == 0).all()) and bool((v == 1).all())
+    def _holds(self, *constants: tuple[Any, int]) -> bool:
+        """Whether every constant has one value throughout; None stands for that value.
+
+        Running statistics at 0 and 1 have seen no data, scales at 1 and shifts at 0 no step of training, whatever data has
+        passed: either way training will use the statistics of the batch.
+        """
+        for node, value in constants:
+            if node is None:
+                continue
+            known = self.constants.found.get(getattr(node, "target", None))  # type: ignore[arg-type]
+            if known is None or not bool((known.value() == value).all()):
+                return False
+        return True
 
     def _drop_unused(self) -> None:
         """Drops what nobody reads, updates of a module's own state included."""

@@ -18,14 +18,14 @@ from initaudit.errors import LimitExceeded, UnreadableModel
 from initaudit.graph.graph import Constant
 from initaudit.graph.onnx_bodies import ControlCall, Hoister, SchemaCall, outer_names, resolved
 from initaudit.graph.onnx_values import literal, torch_dtype
-from initaudit.graph.steps import getitem
+from initaudit.graph.steps import getitem, restored_norm
 from initaudit.graph.unknown import Unknown
 from initaudit.load.checkpoint import Array
 from initaudit.location import Location
 from initaudit.onnx_ops import registry
 from initaudit.onnx_ops.convert import from_proto
+from initaudit.onnx_ops.run import Functions, normal_domain
 from initaudit.onnx_ops.run import Scope as RunScope
-from initaudit.onnx_ops.run import normal_domain
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _MOST_NODES = 200_000  # expanded functions included; the largest exported language models have some ten thousand
@@ -53,8 +53,9 @@ class Names:
 class Builder:
     """Adds calls to `out` and the constants that they read to `constants`."""
 
-    def __init__(self, functions: Mapping[tuple[str, str, str], onnx.FunctionProto], arrays: Mapping[str, Array]) -> None:
+    def __init__(self, functions: Functions, arrays: Mapping[str, Array], restored: frozenset[str] = frozenset()) -> None:
         self.functions, self.arrays = functions, arrays
+        self.restored = restored  # values of the main graph behind which a folded batch norm belongs
         self.out = fx.Graph()
         self.constants: dict[str, Constant] = {}
         self.notes: list[str] = []
@@ -196,6 +197,11 @@ class Builder:
         if node.op_type == "BatchNormalization" and self._batch_statistics(given, attributes):
             attributes = {**attributes, "training_mode": 1}
         self.emit(known.function, given, attributes, node, names, location, known)
+        if node.output[0] in self.restored and not names.prefix:
+            norm = self.out.call_function(restored_norm, (names.values[node.output[0]],))
+            norm.meta["location"] = location
+            self._taint(norm)
+            names.values[node.output[0]] = norm
 
     def _hoisted(self, body: onnx.GraphProto, where: str, names: Names) -> onnx.GraphProto:
         def leaf(name: str, place: str) -> str:
@@ -266,11 +272,12 @@ class Builder:
         return isinstance(value, fx.Node) and value.op == "get_attr" and bool(value.meta["dtype"].is_floating_point)
 
     def _batch_statistics(self, given: list[Any], attributes: Mapping[str, Any]) -> bool:
-        """Running statistics at 0 and 1 have seen no data: training will replace them by those of the batch."""
+        """Statistics at 0 and 1 have seen no data, scales at 1 and shifts at 0 no training: that will use the batch's own."""
         if attributes.get("training_mode") or len(given) < 5:
             return False
-        mean, variance = (self.known_value(v) for v in given[3:5])
-        return mean is not None and variance is not None and bool((mean == 0).all()) and bool((variance == 1).all())
+        scale, shift, mean, variance = (self.known_value(v) for v in given[1:5])
+        fresh = ((mean, 0), (variance, 1)), ((scale, 1), (shift, 0))
+        return any(all(v is not None and bool((v == n).all()) for v, n in pair) for pair in fresh)
 
     def emit(
         self,

@@ -30,9 +30,17 @@ def stacked(axis: int, *values: torch.Tensor) -> torch.Tensor:
     return torch.stack(values, axis)
 
 
+def restored_norm(x: torch.Tensor) -> torch.Tensor:
+    """A batch norm that was folded away, as training starts with it: every channel by the batch's mean and variance."""
+    over = [axis for axis in range(x.ndim) if axis != 1]
+    mean, variance = x.mean(over, keepdim=True), x.var(over, correction=0, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-5)
+
+
 ROLES: Mapping[Callable[..., Any], Role] = {
     getitem: Role("passthrough", "getitem", ("values",)),
     either: Role("merge", ""),
     entry: Role("passthrough", "select", ("value",)),
     stacked: Role("merge", "", ("values",)),
+    restored_norm: Role("normalization", "batch_norm", ("x",)),
 }

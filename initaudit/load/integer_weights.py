@@ -63,6 +63,7 @@ class IntegerWeights:
 
     def weight(self, q: Array, scale: Array, point: Array | None, axis: int, block_size: int = 0, factor: float = 1.0) -> str:
         """The name under which a dequantised weight can be read: its own, unless another scale is there already."""
+        axis = 0 if scale.size == 1 and not block_size else axis  # one scale lies along no axis, whatever its users say
 
         def read() -> Values:
             held = None if point is None else np.asarray(point.read())

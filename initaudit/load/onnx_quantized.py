@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from initaudit.load.checkpoint import Array
-from initaudit.load.dequantize import LOWEST, Values, unpacked_blocks
+from initaudit.load.dequantize import LOWEST, Values, dequantized, unpacked, unpacked_blocks
 from initaudit.load.integer_weights import IntegerWeights, Unscaled
 from initaudit.load.onnx_rewrite import MICROSOFT, attribute_of, constant_node, in_place_of, input_name, with_nodes
 
@@ -41,7 +41,7 @@ _INTEGER = ("MatMulInteger", "ConvInteger")
 QUANTIZED = frozenset((
     *_WRAPPED, *_INTEGER, "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
     "QGemm", "QLinearConcat", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM", "QAttention",
-    "MatMulNBits",
+    "MatMulNBits", "GatherBlockQuantized",
 ))  # fmt: skip
 
 
@@ -131,6 +131,7 @@ class _Floats(IntegerWeights):
                 "DynamicQuantizeLSTM": self._lstm,
                 "QAttention": self._attention,
                 "MatMulNBits": self._nbits,
+                "GatherBlockQuantized": self._gather_blocks,
             }
             rewriters[node.op_type](node)
 
@@ -249,6 +250,28 @@ class _Floats(IntegerWeights):
         made_of = (q.name, scales.name, "" if points is None else points.name, rows, columns, bits, block)
         weight = self.put(q, made_of, (columns, rows), f"{bits} bits in blocks of {block}", read)
         self._product(node, weight, input_name(node, 5))
+
+    def _gather_blocks(self, node: onnx.NodeProto) -> None:
+        """A table in blocks along an axis: integers of 4 bits as such, or packed into bytes along the last axis."""
+        q, scales, points = self.needed(node.input[0]), self.needed(node.input[2]), self.optional(node, 3)
+        axis, block = attribute_of(node, "quantize_axis", 1), attribute_of(node, "block_size", 128)
+        if q.dtype != "uint8":
+            table = self.weight(q, scales, points, axis, block)
+        else:
+            bits = attribute_of(node, "bits", 4)
+            shape = (*q.shape[:-1], q.shape[-1] * 8 // bits) if bits in (2, 4, 8) else ()
+            if not shape:
+                raise Unscaled
+
+            def read() -> Values:
+                held = np.array(2 ** (bits - 1), np.uint8) if points is None else unpacked(np.asarray(points.read()), bits)
+                if held.ndim:  # their last axis is padded to whole bytes
+                    held = held[..., : scales.shape[-1]]
+                return dequantized(unpacked(q.read(), bits), scales.read(), held, axis, block)
+
+            made_of = (q.name, scales.name, "" if points is None else points.name, axis, block, bits)
+            table = self.put(q, made_of, shape, f"{bits} bits in blocks of {block}", read)
+        self._emit("Gather", [table, node.input[1]], node, copied=(), axis=attribute_of(node, "gather_axis", 0))
 
     # ------------------------------------------------------------------ operators with quantised inputs and outputs
 

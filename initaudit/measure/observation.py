@@ -25,11 +25,11 @@ class Observation:
     """What was seen of a tensor of `shape`; the matrix is (first axis, all others).
 
     `moments` and `sums` leave out rows of exact zeros (a padding index) and, where `sparsity` is not 0, all zeros. `sample`
-    is an ascending sample of at most SAMPLE values, those of 16-bit types spread evenly over what they were rounded from.
-    `spacing` is the relative spacing of the stored values, 0 for 32 bits and more. `largest` is the largest eigenvalue of
-    B B^T for a block B of shape `block`, divided by its mean square; `lags` the correlations of neighbours along rows
-    and columns with their counts. `structure` is "identity", "dirac", "orthogonal", "delta_orthogonal" or "".
-    `gain` is that of an orthogonal matrix.
+    is an ascending sample of at most SAMPLE values, those that were rounded spread evenly over what they were rounded from.
+    `spacing` is the relative spacing of the stored values (of integers: at the largest), 0 for 32 bits and more. `largest` is
+    the largest eigenvalue of B B^T for a block B of shape `block`, divided by its mean square; `lags` the correlations of
+    neighbours along rows and columns with their counts. `structure` is "identity", "dirac", "orthogonal", "delta_orthogonal"
+    or "". `gain` is that of an orthogonal matrix.
     """
 
     shape: tuple[int, ...]
@@ -46,13 +46,16 @@ class Observation:
     zero_rows: int = 0
 
 
-def observe(array: np.ndarray[Any, Any]) -> Observation:
-    """The observation of `array` of any shape and real dtype. Raises TypeError for a dtype that is not of real numbers."""
-    spacing = _SPACING.get(array.dtype.name, 0.0)
+def observe(array: np.ndarray[Any, Any], bits: int = 0) -> Observation:
+    """The observation of `array` of any shape and real dtype. Raises TypeError for a dtype that is not of real numbers.
+
+    `bits` are those that each value was rounded to, as a share of the largest one; 0 where it was not.
+    """
+    spacing = max(_SPACING.get(array.dtype.name, 0.0), 2 / (2**bits - 1) if bits else 0.0)
     empty = np.zeros(0)
     if array.ndim < 2 or array.shape[0] == 1 or array.size == 0 or as_matrix(array).shape[1] == 1:
         moments = measure(array)
-        return Observation(array.shape, moments, None, _sample(array.reshape(-1), moments, False), spacing)
+        return Observation(array.shape, moments, None, _sample(array.reshape(-1), moments, False, bits), spacing)
     matrix = as_matrix(array)
     moments, sums = measure_units(matrix)
     if moments.nan or moments.inf or moments.m2 == 0:
@@ -74,7 +77,7 @@ def observe(array: np.ndarray[Any, Any]) -> Observation:
             row_sums=sums.row_sums[~zero],
             row_squares=sums.row_squares[~zero],
         )
-    sample = _sample(matrix, kept, drop_zeros=dropped > 0)
+    sample = _sample(matrix, kept, dropped > 0, bits)
     block, largest, lags = _spectrum(matrix, np.flatnonzero(~zero), kept)
     return Observation(array.shape, kept, sums, sample, spacing, block, largest, lags, structure, gain, sparsity, zero_rows)
 
@@ -106,7 +109,7 @@ def _gather(array: np.ndarray[Any, Any]) -> Vector:
     return picked
 
 
-def _sample(array: np.ndarray[Any, Any], moments: Moments, drop_zeros: bool) -> Vector:
+def _sample(array: np.ndarray[Any, Any], moments: Moments, drop_zeros: bool, bits: int = 0) -> Vector:
     values = _gather(array)
     values = values[np.isfinite(values)]
     if drop_zeros:
@@ -118,6 +121,10 @@ def _sample(array: np.ndarray[Any, Any], moments: Moments, drop_zeros: bool) -> 
             exponent = np.maximum(exponent, -14)
         step = np.ldexp(spacing, exponent)
         values = values + step * (np.random.default_rng(values.size).random(values.size) - 0.5)
+    elif bits and values.size:
+        # The steps lie at the same distance for all values of one scale, of which the largest value tells most.
+        rounded = (moments.max - moments.min) / (2**bits - 1)
+        values = values + rounded * (np.random.default_rng(values.size).random(values.size) - 0.5)
     return np.sort(values)
 
 

@@ -15,6 +15,7 @@ from initaudit.rules.rule import Example, Finding, Rule, Severity
 from initaudit.rules.support import initial, names
 
 if TYPE_CHECKING:
+    from initaudit.graph.graph import Graph
     from initaudit.probe.trace import ParameterRecord
 
 _CUT = 0.1  # share of the parameters
@@ -50,7 +51,8 @@ class NoGradient(Rule):
         yield from self._unreached(evidence)
         if trace is None or trace.first_non_finite is not None or trace.first_non_finite_gradient is not None:
             return
-        silent = {n: p for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None}
+        beyond = _leads_to_unknown(graph)
+        silent = {n: p for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None and n not in beyond}
         if not silent:
             return
         first = _cut(evidence, list(silent.values()))
@@ -120,6 +122,18 @@ def _cut(evidence: Evidence, silent: list[ParameterRecord]) -> ParameterRecord:
     assert evidence.graph is not None
     multiply = {*factors(evidence.graph), *(c for x in evidence.layers for c in x.pair.constants)}
     return min(silent, key=lambda p: (not (p.norm == 0 and p.name in multiply), not _matrix(p.shape)))
+
+
+def _leads_to_unknown(graph: Graph) -> set[str]:
+    """The constants from which a path leads to an operator that is not known: what gradient they get through it, nobody saw."""
+    stack = [n for n in graph.fx.nodes if n.meta.get("tainted")]
+    seen = set(stack)
+    while stack:
+        for given in stack.pop().all_input_nodes:
+            if given not in seen:
+                seen.add(given)
+                stack.append(given)
+    return {str(n.target) for n in seen if n.op == "get_attr"}
 
 
 def _optional_inputs(evidence: Evidence) -> bool:
