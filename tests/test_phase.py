@@ -8,6 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from initaudit import audit
 from initaudit.expect.phase import TensorRecord, phase_of
 from initaudit.expect.recognise import recognise
 from initaudit.expect.schemes import site_of
@@ -106,6 +107,9 @@ MOVED = FRESH + np.outer(RNG.normal(size=64), RNG.uniform(0, 1, 80)) * 0.02
             ],
             "mixed",
         ),
+        # Scales that one law drew in every layer were not trained; those whose means differ from layer to layer were.
+        ([weight("a", FRESH), *(vector(f"s{i}", "scale", RNG.normal(1, 0.02, 256)) for i in range(4))], "init"),
+        ([weight("a", FRESH), *(vector(f"s{i}", "scale", RNG.normal(1 + i / 99, 0.02, 256)) for i in range(4))], "trained"),
         # Running statistics that moved prove only that data passed.
         (
             [
@@ -119,3 +123,26 @@ MOVED = FRESH + np.outer(RNG.normal(size=64), RNG.uniform(0, 1, 80)) * 0.02
 )
 def test_made_up_evidence(found, phase):
     assert phase_of(found).phase == phase
+
+
+class Masked(nn.Module):
+    """A convolution under a mask, then a value and a gate that starts open, behind a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.conv, self.pair = nn.ConvTranspose2d(4, 16, 4, 2, 1), nn.Conv2d(16, 64, 5, padding=2), nn.Linear(64, 128)
+        self.register_buffer("mask", torch.tril(torch.ones(5, 5)))
+        with torch.no_grad():
+            self.pair.weight[64:] *= 1e-4
+            self.pair.bias.copy_((torch.arange(128) >= 64).float())
+
+    def forward(self, x):
+        h = torch.relu(self.up(x))
+        h = torch.relu(torch.nn.functional.conv2d(h, self.conv.weight * self.mask, self.conv.bias, padding=2)).mean((2, 3))
+        value, gate = self.pair(h).chunk(2, -1)
+        return value * torch.sigmoid(gate)
+
+
+def test_masks_gates_and_biases_of_other_conventions_are_fresh():
+    torch.manual_seed(0)
+    assert audit(Masked(), (torch.randn(4, 4, 8, 8),)).report.phase == "init"

@@ -12,7 +12,7 @@ import numpy as np
 
 from initaudit.config import Config
 from initaudit.errors import InitauditError
-from initaudit.expect.phase import PhaseEvidence, TensorRecord, phase_of
+from initaudit.expect.phase import BIAS_LAWS, PhaseEvidence, TensorRecord, phase_of
 from initaudit.expect.recognise import Recognition, recognise
 from initaudit.expect.scheme import Site, site_of
 from initaudit.load.checkpoint import Array
@@ -27,6 +27,10 @@ _HANDFUL = 1e-3  # as a share
 _FLAT_KURTOSIS = 2.2  # between 1.8, a uniform law's, and 3
 _FEW_BITS = 8  # integers of more are as good as floating-point numbers to a test of their law
 _ENOUGH = 1000  # values: fewer may fit some law by chance
+_PARTS = (2, 3)  # a value and its gate; queries, keys and values
+_APART = 2.0  # of standard deviations: training does not spread equal parts so far from each other
+_SHORT = 65_536  # values of a vector that are looked at one by one
+_UNIFORM = 0.1  # distance of a kurtosis from a uniform law's 1.8
 
 
 def with_recognition(layers: tuple[LayerEvidence, ...], arrays: Mapping[str, Array]) -> tuple[LayerEvidence, ...]:
@@ -36,7 +40,7 @@ def with_recognition(layers: tuple[LayerEvidence, ...], arrays: Mapping[str, Arr
     for layer in layers:
         key = (layer.pair.tensor, layer.pair.axes, layer.pair.shape, layer.pair.value if not layer.pair.stored else "")
         if key not in known:
-            known[key] = _recognition(layer, _bits(arrays.get(layer.pair.tensor)))
+            known[key] = _recognition(layer, arrays)
         found.append(dataclasses.replace(layer, recognition=known[key]))
     return tuple(found)
 
@@ -47,17 +51,55 @@ def _bits(array: Array | None) -> int:
     return bits if found is not None and (bits := int(found[0])) <= _FEW_BITS else 0
 
 
-def _recognition(layer: LayerEvidence, bits: int) -> Recognition | None:
+def _recognition(layer: LayerEvidence, arrays: Mapping[str, Array]) -> Recognition | None:
     if layer.moments.size == 0:
         return None
     try:
         values = layer.read()
-        found = recognise(observe(values, bits), site(layer.pair))
+        found = recognise(observe(values, _bits(arrays.get(layer.pair.tensor))), site(layer.pair))
+        if found.verdict == "trained" and not layer.pair.stored:
+            found = _as_stored(layer, arrays, found)
+        if found.verdict == "trained":
+            found = _in_parts(values, layer, found)
         if found.verdict == "trained":
             return _second_look(values, layer, found)
         return found
     except InitauditError:
         return None  # its bytes cannot be read: the loader has said so
+
+
+def _as_stored(layer: LayerEvidence, arrays: Mapping[str, Array], found: Recognition) -> Recognition:
+    """Whether the stored tensor was drawn, where what the layer uses was computed from it: a mask, a norm of weights, a
+    standardization follow no law, yet training would have moved what they are computed from."""
+    pair = layer.pair
+    stored = arrays.get(pair.tensor)
+    if stored is None or stored.shape != pair.shape or stored.size > _COPIED:
+        return found
+    again = recognise(observe(stored.read()), site(pair))
+    return again if again.verdict == "trained" else dataclasses.replace(found, verdict=again.verdict)
+
+
+def _in_parts(values: np.ndarray[Any, Any], layer: LayerEvidence, found: Recognition) -> Recognition:
+    """Layers that share one matrix, each drawn by a law of its own: a gate beside the values that it scales."""
+    pair = layer.pair
+    axes = [i for i, a in enumerate(pair.axes) if a == "o"]
+    if len(axes) != 1 or values.size > _COPIED:
+        return found
+    for parts in _PARTS:
+        if values.shape[axes[0]] % parts or values.size // parts < _ENOUGH:
+            continue
+        pieces = [np.ascontiguousarray(v) for v in np.split(values, parts, axes[0])]
+        spreads = [float(v.astype(np.float64).std()) for v in pieces]
+        if not max(spreads) > _APART * min(spreads):
+            continue  # of one scale: then what the whole does not follow, the parts hide only because they are fewer values
+        seen = [recognise(observe(v), _part(pair, v.shape)) for v in pieces]
+        if all(part.schemes for part in seen) and any(part.verdict == "init" for part in seen):
+            return dataclasses.replace(found, verdict="init", decisive=any(part.decisive for part in seen))
+    return found
+
+
+def _part(pair: Pair, shape: tuple[int, ...]) -> Site:
+    return site_of(shape, pair.axes, operator=pair.operator, groups=pair.groups)
 
 
 def _second_look(values: np.ndarray[Any, Any], layer: LayerEvidence, found: Recognition) -> Recognition:
@@ -128,17 +170,40 @@ def _records(
         bias = arrays.get(pair.bias) if pair.bias is not None else None
         if bias is not None and bias.name in tensors and bias.name not in seen and len(bias.shape) == 1:
             seen.add(bias.name)
-            yield TensorRecord(bias.name, "bias", tensors[bias.name], _of_bias(bias, pair), pair.tensor)
-    for name in scales:
+            yield TensorRecord(
+                bias.name, "bias", tensors[bias.name], _of_bias(bias, layer), pair.tensor, levels=_levels(arrays.get(bias.name))
+            )
+    for name in sorted(scales):
         if name in tensors and name not in seen:
-            yield TensorRecord(name, "scale", tensors[name])
+            yield TensorRecord(name, "scale", tensors[name], levels=_levels(arrays.get(name)))
 
 
-def _of_bias(bias: Array, pair: Pair) -> Recognition | None:
+def _levels(array: Array | None) -> int | None:
+    """How many different values a vector has; None where it is too long to look, or cannot be read."""
+    if array is None or not 0 < array.size <= _SHORT:
+        return None
+    try:
+        return len(np.unique(array.read()))
+    except InitauditError:
+        return None  # its bytes cannot be read: the loader has said so
+
+
+def _of_bias(bias: Array, layer: LayerEvidence) -> Recognition | None:
+    """What a bias was drawn from: by the fans of its weight, or within the bound of its weight.
+
+    torch draws both within one bound, which is not always 1/sqrt(fan_in) as the axes count it: a transposed convolution takes
+    the other axis, a recurrent cell its width.
+    """
     if bias.size == 0:
         return None
-    place = dataclasses.replace(site(pair), shape=bias.shape, axes=("o",), convention=(pair.fan_in, pair.fan_out))
+    pair, weight = layer.pair, layer.moments
+    candidates = [dataclasses.replace(site(pair), shape=bias.shape, axes=("o",), convention=(pair.fan_in, pair.fan_out))]
+    if abs(weight.kurtosis - 1.8) < _UNIFORM and weight.count >= _ENOUGH:
+        fan = max(1, round(1 / max(abs(weight.min), abs(weight.max)) ** 2))
+        candidates.append(site_of(bias.shape, ("o",), fans=(fan, fan)))
     try:
-        return recognise(observe(bias.read()), place)
+        seen = observe(bias.read())
+        found = [recognise(seen, candidate) for candidate in candidates]
     except InitauditError:
         return None
+    return next((f for f in found if {fit.name for fit in f.schemes} & set(BIAS_LAWS)), found[0])

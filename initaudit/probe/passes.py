@@ -82,7 +82,11 @@ class Pass(Executor):
         """The arguments of `n`: a weight that a data node consumes becomes a leaf of that data node."""
 
         def load(node: fx.Node) -> Any:
-            return self._leaf(n, node) if node in self.constant and n not in self.constant else self.env[node]
+            if node in self.constant and n not in self.constant:
+                return self._leaf(n, node)
+            value = self.env[node]
+            # A weight that is rescaled in place on its way (without gradient, in the original) is a leaf here.
+            return value * 1 if isinstance(value, Tensor) and value.is_leaf and value.requires_grad and _writes(n) else value
 
         return fx.node.map_arg(args, load)
 

@@ -93,7 +93,9 @@ def _zero(evidence: Evidence, layer: LayerEvidence) -> str:
         return ""
     for name in layer.pair.constants:
         record = trace.parameters.get(name)
-        if record is not None and record.gradient_zero and record.revived is None:
+        if record is not None and record.gradient_zero:
+            if record.revived is not None:
+                return ""  # another zero is in front of it, and gone after a step
             silent = sum(p.gradient_zero and p.revived is None for p in trace.parameters.values()) - 1
             more = f", and it cuts {silent} other parameters off from the gradient" if silent else ""
             return f"it gets no gradient, nor after two steps of the others{more}"
