@@ -140,12 +140,21 @@ def _coerced(x: Tensor, axis: int | None, opset: int) -> tuple[Tensor, int]:
     return x.flatten(start) if start < x.ndim else x.unsqueeze(-1), start
 
 
+_SUMMED_ONE_BY_ONE = 4096  # a longer sum of bfloat16 numbers stops growing anyway
+
+
 def softmax(x: Tensor, axis: int) -> Tensor:
     """The softmax along an axis; in a 16-bit type every step is rounded to it, as the standard's definition has it."""
     if x.dtype not in (torch.float16, torch.bfloat16) or x.numel() == 0:
         return torch.softmax(x, axis)
     powers = torch.exp(x - x.amax(axis, keepdim=True))
-    return powers / powers.sum(axis, keepdim=True)
+    if x.dtype == torch.float16 or x.shape[axis] > _SUMMED_ONE_BY_ONE:
+        return powers / powers.sum(axis, keepdim=True)
+    # torch rounds a sum to bfloat16 once, at its end; in the arithmetic of the type every addition is rounded.
+    total = torch.zeros_like(powers.select(axis, 0))
+    for part in powers.unbind(axis):
+        total = total + part
+    return powers / total.unsqueeze(axis)
 
 
 @operator(Role("softmax", "softmax"))

@@ -178,7 +178,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([cos * a - sin * b, sin * a + cos * b], -1)
 
 
-@operator(Role("pointwise", "rotary_embedding", data=("x",)))
+@operator(Role("passthrough", "rotary_embedding", data=("x",)))
 def RotaryEmbedding(
     x: Tensor,
     cos_cache: Tensor,

@@ -165,7 +165,7 @@ def MultiHeadAttention(
     return y if outputs == 1 else (y, k, v)
 
 
-@operator(Role("pointwise", "rotary_embedding", data=("input",)), domain=MICROSOFT, name="RotaryEmbedding")
+@operator(Role("passthrough", "rotary_embedding", data=("input",)), domain=MICROSOFT, name="RotaryEmbedding")
 def FusedRotaryEmbedding(
     input: Tensor,
     position_ids: Tensor,
