@@ -31,6 +31,8 @@ from initaudit.probe.verdict import Risk, judge
 from initaudit.rules.evidence import Evidence
 
 BATCH = 8  # examples of a probe: enough to compare them with each other, few enough to be done in a second or two
+# Values beyond which a forward and backward pass on one core takes minutes.
+PROBED = 500_000_000
 # A stranger's graph may spend this much; an honest model's probe needs a small part of it.
 BUDGET = Budget(elements=2**31, total_elements=2**38, seconds=600.0)
 
@@ -61,6 +63,9 @@ class Program:
             return None, None, "--no-probe was given"
         if self.inputs is None or self.no_probe:
             return None, None, self.no_probe
+        values = sum(a.size for a in {a.storage or a.name: a for a in self.checkpoint.arrays.values()}.values())
+        if values > PROBED and "probe" not in self.config.origin:
+            return None, None, f"{values:,} values would take minutes to probe (ask for it with --probe)"
         self.progress("probing")
         device = None if self.config.device in ("auto", "cpu") else self.config.device
         try:

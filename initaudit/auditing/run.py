@@ -124,6 +124,11 @@ def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, pro
     """The report on a checkpoint that has been opened."""
     from initaudit.rules.roots import findings_of
 
+    if config.arch is not None or "config" in checkpoint.metadata:
+        from initaudit.auditing.architecture import in_architecture
+
+        progress("building the architecture")
+        checkpoint = in_architecture(checkpoint, config.arch)
     evidence = gather(checkpoint, config, inputs=inputs, progress=progress)
     progress("judging")
     return model_report(evidence, findings_of(evidence))
@@ -144,7 +149,8 @@ def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progre
         checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, NOTE))
         layers = with_recognition(named_layers(checkpoint, tensors), checkpoint.arrays)
         phase, layers = in_company(layers, checkpoint.arrays, tensors, norm_vectors(checkpoint), config)
-        return Evidence(checkpoint, config, phase, layers, tensors, no_probe="the file holds weights and no program")
+        why = str(checkpoint.metadata.get("no_program", "the file holds weights and no program"))
+        return Evidence(checkpoint, config, phase, layers, tensors, no_probe=why)
     from initaudit.auditing.program import open_program
 
     program: Program = open_program(checkpoint, config, inputs, progress)

@@ -38,6 +38,11 @@ def is_module_spec(source: str) -> bool:
 
 
 def load_spec(spec: str) -> Checkpoint:
+    """The module that `spec` names, as a checkpoint; raises `UnreadableModel`."""
+    return replace(from_module(build_spec(spec)), source=spec)
+
+
+def build_spec(spec: str) -> torch.nn.Module:
     """Imports and calls what `spec` names, with the working directory on the path, as `python -m` would.
 
     The callable is a class or function that needs no arguments, or a module that exists already. Raises `UnreadableModel`
@@ -59,7 +64,7 @@ def load_spec(spec: str) -> Checkpoint:
         )
     if not isinstance(model, torch.nn.Module):
         raise UnreadableModel(spec, f"it returned a {type(model).__name__}", "a torch.nn.Module")
-    return replace(from_module(model), source=spec)
+    return model
 
 
 def from_module(module: torch.nn.Module) -> Checkpoint:

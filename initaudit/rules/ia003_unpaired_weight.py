@@ -35,6 +35,7 @@ class UnpairedWeight(Rule):
         if not unpaired:
             return
         why = "the file holds no graph" if evidence.graph is None else "the graph is cut behind them"
+        why = str(evidence.checkpoint.metadata.get("no_program", why))
         yield self.finding(
             f"the activation behind {len(unpaired)} weights is not known, because {why}: {names(unpaired)}",
             "audit the module or an ONNX file to have them judged by what they feed",

@@ -39,6 +39,7 @@ class MissingTensor(Rule):
                 yield self.finding(
                     f"this tensor is not as it should be: {problem.message}",
                     "save the checkpoint again, complete, or fetch the missing shard",
+                    severity=problem.severity,
                     tensor=problem.tensor,
                 )
         onnx = evidence.checkpoint.format == "onnx"
