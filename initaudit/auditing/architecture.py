@@ -7,6 +7,7 @@ probe and rules see the network as its own code computes it, and what is missing
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 from initaudit.errors import UnreadableModel, UsageError
 from initaudit.load import from_module
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
-from initaudit.load.module import build_spec, unwrap
+from initaudit.load.module import build_spec
 from initaudit.load.spans import reason, show
+from initaudit.load.unwrap import unwrap
 
 _BITS = {
     "bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn),
@@ -92,7 +94,7 @@ def _timm(name: str, arrays: Mapping[str, Array]) -> nn.Module:
     """timm's model of that name, with as many classes and input channels as the file's weights have."""
     where = f"--arch timm:{name}"
     try:
-        import timm
+        timm: Any = importlib.import_module("timm")
     except ImportError as error:
         raise UsageError(where, f"timm cannot be imported ({reason(error)})", advice="pip install timm") from error
     if not timm.is_model(name):
@@ -320,7 +322,9 @@ def _copy_on_write(value: np.memmap[Any, Any]) -> np.ndarray[Any, Any]:
         base = base.base
     offset = value.offset + (value.__array_interface__["data"][0] - base.__array_interface__["data"][0])
     try:
-        return np.memmap(value.filename, dtype=value.dtype, mode="c", offset=offset, shape=value.shape)
+        name: Any = value.filename
+        private: np.ndarray[Any, Any] = np.memmap(name, dtype=value.dtype, mode="c", offset=offset, shape=value.shape)
+        return private
     except (OSError, ValueError):
         return np.array(value, order="C")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -182,7 +183,7 @@ def _bounded() -> Iterator[None]:
 def _no_bars() -> Iterator[None]:
     """transformers draws progress bars on stderr, terminal or not."""
     try:
-        from transformers.utils import logging
+        logging: Any = importlib.import_module("transformers.utils.logging")
     except ImportError:
         yield
         return
