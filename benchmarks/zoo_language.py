@@ -22,7 +22,7 @@ _WHISPER = "num_mel_bins=16 max_source_positions=24 max_target_positions=64"
 _SSM = "hidden_size=64 num_hidden_layers=3 vocab_size=200 state_size=8"
 _VIT = "image_size=64 patch_size=16 hidden_size=64 intermediate_size=128 num_hidden_layers=3 num_attention_heads=4"
 _CONVS = "hidden_sizes=16,32,64 depths=2,2,2 num_stages=3"
-_DETR = "d_model=64 encoder_layers=2 decoder_layers=2 encoder_attention_heads=4 decoder_attention_heads=4 num_queries=10"
+_DETR = "d_model=256 encoder_layers=2 decoder_layers=2 encoder_attention_heads=4 decoder_attention_heads=4 num_queries=10"
 
 # family: lines of class, kind of input, configuration.
 TABLE: Mapping[str, str] = {
@@ -102,8 +102,7 @@ TABLE: Mapping[str, str] = {
         SiglipVisionModel image {_VIT}; CLIPVisionModel image {_VIT}; ViTMAEForPreTraining image {_VIT}
         decoder_hidden_size=32 decoder_intermediate_size=64 decoder_num_hidden_layers=2
         SwinForImageClassification image image_size=64 patch_size=4 embed_dim=32 depths=2,2,2 num_heads=2,4,8 window_size=4
-        PvtV2ForImageClassification image image_size=64 hidden_sizes=16,32,64,64 depths=1,1,1,1
-        CvtForImageClassification image embed_dim=16,32,64 num_heads=1,2,4 depth=1,1,2""",
+        PvtV2ForImageClassification image image_size=64 hidden_sizes=16,32,80,128 depths=1,1,1,1""",
     "convnext": f"""
         ConvNextForImageClassification image {_CONVS}; ConvNextV2ForImageClassification image {_CONVS}
         PoolFormerForImageClassification image hidden_sizes=16,32,64,64 depths=2,2,2,2
@@ -119,7 +118,7 @@ TABLE: Mapping[str, str] = {
         Swin2SRForImageSuperResolution image32 image_size=32 patch_size=1 embed_dim=32 depths=2,2 num_heads=2,2
         window_size=8 num_channels=3
         DPTForDepthEstimation image {_VIT} num_hidden_layers=4 backbone_out_indices=0,1,2,3
-        neck_hidden_sizes=16,32,64,64 fusion_hidden_size=32 is_hybrid=False""",
+        neck_hidden_sizes=96,192,384,768 fusion_hidden_size=256 is_hybrid=False""",
     "multimodal": """
         CLIPModel image+ids text vision; SiglipModel image+ids text vision; BlipForImageTextRetrieval image+ids text vision
         LlavaForConditionalGeneration llava -; ViltForQuestionAnswering vilt -; FlavaModel image+ids text vision

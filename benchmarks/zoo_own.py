@@ -210,6 +210,7 @@ class Seq2Seq(nn.Module):
         self.table = nn.Embedding(200, 64)
         self.body = nn.Transformer(64, 4, 2, 2, 128, dropout=0.0, batch_first=True)
         self.head = nn.Linear(64, 200)
+        nn.init.uniform_(self.table.weight, -0.1, 0.1)  # N(0, 1), torch's default, would make its attention one-hot
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         return self.head(self.body(8.0 * self.table(source), 8.0 * self.table(target)))

@@ -11,7 +11,7 @@ from zoo_models import Built, Model, image, options
 TIMM = {
     "plain": """
         vgg11 64; vgg11_bn 64; repvgg_a0 64; selecsls42b 64; vovnet39a 64; xception41 64; inception_v4 96; legacy_xception 64
-        mobileone_s0 64; convmixer_1024_20_ks9_p14 70 depth=6 dim=256; starnet_s050 64; hgnetv2_b0 64; cspdarknet53 64
+        mobileone_s0 64; convmixer_1024_20_ks9_p14 70; starnet_s050 64; hgnetv2_b0 64; cspdarknet53 64
         inception_v3 96""",
     "residual": """
         resnet10t 64; resnet18 64; resnet26d 64; resnetv2_50 64 layers=2,2,2,2; seresnet18 64; skresnet18 64; resnest14d 64
@@ -39,7 +39,7 @@ TIMM = {
         convit_tiny 64 img_size=64; crossvit_tiny_240 240; davit_tiny 64 depths=1,1,3,1; gcvit_xxtiny 224; hiera_tiny_224 224
         levit_128s 224; maxvit_rmlp_pico_rw_256 256; test_maxvit 64 img_size=64; coatnet_pico_rw_224 224
         test_coatnet 64 img_size=64
-        mvitv2_tiny 64 img_size=64; nest_tiny_jx 224 depths=1,1,2; pit_ti_224 224; pvt_v2_b0 64; coat_lite_tiny 64 img_size=64
+        mvitv2_tiny 64 img_size=64; nest_tiny_jx 224; pit_ti_224 224; pvt_v2_b0 64; coat_lite_tiny 64 img_size=64
         swin_tiny_patch4_window7_224 64 img_size=64 window_size=2 depths=2,2,2,2; tiny_vit_5m_224 224
         swinv2_tiny_window8_256 64 img_size=64 window_size=2 depths=2,2,2,2
         swinv2_cr_tiny_ns_224 64 img_size=64 window_size=2
@@ -58,7 +58,7 @@ TIMM = {
         gmlp_ti16_224 64 img_size=64""",
 }
 TORCHVISION = {
-    "plain": "alexnet 224; vgg11 64; squeezenet1_1 64; googlenet 96; inception_v3 96",
+    "plain": "alexnet 224; vgg11 64; squeezenet1_1 64; googlenet 224; inception_v3 299",
     "residual": "resnet18 64; resnext50_32x4d 64; wide_resnet50_2 64; regnet_x_400mf 64; regnet_y_400mf 64",
     "dense": "densenet121 64",
     "mobile": """
@@ -66,7 +66,7 @@ TORCHVISION = {
         efficientnet_v2_s 64""",
     "convnext": "convnext_tiny 64",
     "transformer vision": """
-        swin_t 64; swin_v2_t 64; maxvit_t 224; vit_b_32 64 image_size=64""",
+        swin_t 64; swin_v2_t 256; maxvit_t 224; vit_b_32 64 image_size=64""",
     "video": "r3d_18 32; mc3_18 32; r2plus1d_18 32; s3d 224; swin3d_t 32; mvit_v2_s 32 spatial_size=32,32 temporal_size=8",
     "dense prediction": """
         fcn_resnet50 64; deeplabv3_mobilenet_v3_large 64; lraspp_mobilenet_v3_large 64; raft_small 128""",

@@ -309,10 +309,10 @@ def aten_role(target: torch._ops.OpOverload) -> Role:
         return Role(_KINDS[name], "pool" if _KINDS[name] == "pooling" else name, first if _KINDS[name] != "generator" else ())
     if name.startswith(("upsample", "_upsample")):
         return Role("passthrough", "resize", first)
+    if torch.Tag.reduction in target.tags:
+        return Role("reduction", name, first)  # before its namesakes: max is a maximum over an axis, or of two tensors
     if torch.Tag.pointwise in target.tags or torch.Tag.pointwise in _tags(name):
         return Role("pointwise", name)
-    if torch.Tag.reduction in target.tags:
-        return Role("reduction", name, first)
     alias = arguments[0].alias_info if arguments else None
     if (alias is not None and not alias.is_write) or torch.Tag.view_copy in target.tags:
         return Role("passthrough", name, first)

@@ -16,6 +16,7 @@ from initaudit.rules.support import fields, fresh_layers, initial, names
 # The largest of 10^9 normal values lies at 6.1 standard deviations: a value at 12 was not drawn.
 _FAR = 12.0
 _SHARE = 0.01  # more than this share at one value is a distribution of its own, quantised or masked
+_POWER = 0.5  # of all other weights together: below, the layer does what its law made it do
 _SAMPLE = 1 << 20
 _NORMAL_MEDIAN = 0.6745  # of |z| for z ~ N(0, 1)
 
@@ -24,13 +25,14 @@ class PinnedOutliers(Rule):
     """A handful of weights sit exactly at a distant truncation bound.
 
     What it does: compares the largest magnitude with the spread of the bulk (median of |w|), and counts how many weights hold
-    exactly that value, in one tensor or, one in each, in several.
+    exactly that value, in one tensor or, one in each, in several. It is a warning where these weights hold half as much power (sum of
+    squares) as all the others of their tensor.
 
     Why it is bad: a weight of -2 among weights of 0.02 dominates its unit: one input decides what the unit says.
 
     Example: `trunc_normal_` in bfloat16, where rounding sends the tails of the inverse error function to the bounds.
 
-    Instead: draw in float32 and convert, or give bounds in proportion: `trunc_normal_(w, std=0.02, a=-0.04, b=0.04)`.
+    Instead: draw in float32 and convert (even that pins one weight in 16 million), or give bounds in proportion: `trunc_normal_(w, std=0.02, a=-0.04, b=0.04)`.
 
     Source: https://github.com/pytorch/pytorch/issues/145498.
     """
@@ -55,6 +57,8 @@ class PinnedOutliers(Rule):
         found = [f for f in seen.values() if f[2] > 1 or bounds.count(abs(f[1])) > 1]
         if not found:
             return
+        # One such weight in a large matrix, as float32 draws it once in 16 million values, is a unit among thousands.
+        power = max(count * bound**2 / (x.moments.count * spread**2) for x, bound, count, spread in found)
         layer, bound, count, spread = found[0]
         yield self.finding(
             f"{count} of {layer.moments.count:,} weights {'is' if count == 1 else 'are'} exactly {bound:.4g}, "
@@ -66,6 +70,7 @@ class PinnedOutliers(Rule):
                 [expression_of(x) for x, *_ in found],
             )
             + "  # drawn in float32, converted after",
+            severity="warning" if power > _POWER else "info",
             measured=bound,
             expected=spread,
             related=tuple(x.tensor for x, *_ in found[1:]),

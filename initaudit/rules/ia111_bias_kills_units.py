@@ -16,6 +16,7 @@ from initaudit.rules.support import fields, normalised
 # A sum of many inputs is normal: beyond four standard deviations a unit is on for one input in thirty thousand.
 _DEVIATIONS = 4.0
 _SOME, _MOST = 0.1, 0.5
+_SHIFTED = 4.0  # standard errors of the mean below zero
 # Activations that are exactly flat far on the left.
 _OFF_BELOW = ("relu", "relu6", "squared_relu", "hardswish", "hardsigmoid", "clip")
 
@@ -25,7 +26,7 @@ class BiasKillsUnits(Rule):
 
     What it does: for every unit in front of a ReLU compares its bias with the standard deviation of what its weights make of
     the inputs that the probe saw, and reports units whose bias lies more than four of them on the flat side, where the probe
-    finds them off for every input.
+    finds them off for every input. Biases that are as often positive as negative are left alone.
 
     Why it is bad: a unit that never activates gets no gradient, and neither does its bias.
 
@@ -96,5 +97,8 @@ def _killed(evidence: Evidence, layer: LayerEvidence) -> float:
     if len(axes) != 1 or weight.shape[axes[0]] != bias.size:
         return 0.0
     rows = np.moveaxis(weight, axes[0], 0).reshape(bias.size, -1)
+    # A law about zero kills at most half of the units, however small the inputs still are: the other half lets them grow.
+    if bias.mean() > -_SHIFTED * bias.std() / math.sqrt(bias.size):
+        return 0.0
     reach = np.sqrt((rows**2).sum(1) * power)
     return min(float(np.mean(bias < -_DEVIATIONS * reach - 1e-12)), signal.dead)
