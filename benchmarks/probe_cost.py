@@ -80,9 +80,11 @@ def main() -> None:
 
         def record(graph=graph, x=x, drawn=drawn) -> None:  # noqa: ANN001
             constant = constant_nodes(graph.fx)
-            run = Pass(graph, constant, device=x.device, observers=(SignalObserver(graph.fx, constant),))
+            observer = SignalObserver(graph.fx, constant)
+            run = Pass(graph, constant, device=x.device, observers=(observer,))
             run.run(x)
             backward(run, run.ends(), drawn, keep=False)
+            observer.close()
 
         def whole(graph=graph, x=x) -> None:  # noqa: ANN001
             probe(graph, (x,), device=x.device)

@@ -163,13 +163,21 @@ def test_the_second_moment_of_every_edge_is_that_of_the_tensors():
     for signal, value in zip(signals[1:], (hidden, hidden.tanh(), second(hidden.tanh())), strict=True):
         assert signal.moment2 == pytest.approx(value.square().mean().item(), rel=1e-5)
         assert signal.mean == pytest.approx(value.mean().item(), rel=1e-4, abs=1e-6)
-        assert signal.peak == pytest.approx(value.abs().max().item(), rel=1e-6)
+        if signal.kind == "contraction":
+            assert signal.peak == pytest.approx(value.abs().max().item(), rel=1e-6)
+        assert signal.rank == pytest.approx(participation(value), rel=1e-6)
         rows = F.normalize(value.double(), dim=1)
         pairs = (rows @ rows.T).fill_diagonal_(0).sum() / (24 * 23)
         assert signal.cosine == pytest.approx(pairs.item(), abs=1e-6)
         assert signal.spread == pytest.approx((value.var(0, correction=0).mean() / value.square().mean()).item(), rel=1e-4)
     # The cotangent of an example has norm 1: its elements have a second moment of one over their number.
     assert signals[-1].gradient_moment2 == pytest.approx(1 / 4, rel=0.5)
+
+
+def participation(rows):
+    """(Σλ)²/Σλ² over the squared singular values."""
+    squares = torch.linalg.svdvals(rows.double()).square()
+    return (squares.sum().square() / squares.square().sum()).item()
 
 
 def test_moments_survive_numbers_whose_squares_leave_the_range_of_float32():

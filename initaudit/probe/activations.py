@@ -7,6 +7,7 @@ phi of it. phi is evaluated by running its nodes again on a sample, so nothing h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from initaudit.graph.calls import arguments, nodes_in, role_of
+from initaudit.probe.statistics import power
 
 # A unit whose slope is below a twentieth of the steepest is in the flat part: tanh beyond |x| = 2.2, the sigmoid beyond 4.4. It
 # passes 1/400 of the gradient's power, so that two such layers in a row end what an optimizer without rescaling can use.
@@ -77,17 +79,23 @@ def sample(x: Tensor, unit: int | None, batch: int | None) -> Tensor:
     x = x.detach()
     for axis in order:
         keep = min(x.shape[axis], places)
-        x = x.index_select(axis, torch.linspace(0, x.shape[axis] - 1, keep, device=x.device).round().long())
+        if keep < x.shape[axis]:
+            x = x.index_select(axis, torch.linspace(0, x.shape[axis] - 1, keep, device=x.device).round().long())
         places = max(1, places // keep)
     return x.clone()
 
 
 def flat_units(
-    activation: Activation, drawn: Tensor, unit: int | None, value_of: Callable[[fx.Node], Any]
+    activation: Activation,
+    drawn: Tensor,
+    unit: int | None,
+    value_of: Callable[[fx.Node], Any],
+    seen: dict[Any, Tensor | None] | None = None,
 ) -> tuple[float, float, float] | None:
     """(dead share, saturated share, root mean square slope) of the units; None for a linear or a non-differentiable function.
 
-    `drawn` is a sample of the root's values and `value_of` gives the value of a constant.
+    `drawn` is a sample of the root's values and `value_of` gives the value of a constant. `seen` remembers the slopes over the
+    usual range of functions without constants: a network repeats its activation.
     """
     axis = drawn.dim() - 1 if unit is None else unit
     line = torch.linspace(-4.0, 4.0, _GRID, device=drawn.device)
@@ -95,21 +103,37 @@ def flat_units(
     grid = line.view(shape).expand([_GRID if s == -1 else (drawn.shape[i] if i == axis else 1) for i, s in enumerate(shape)])
     try:
         slopes = _slope(activation, drawn, value_of)
-        reference = _slope(activation, grid.clone(), value_of)
+        key = _function(activation)
+        if seen is not None and key is not None:
+            if key not in seen:
+                seen[key] = _slope(activation, line.clone(), value_of)
+            reference = seen[key]
+        else:
+            reference = _slope(activation, grid.clone(), value_of)
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
         # A constant as large as the whole signal (a mask, a scale a position) does not fit the sample.
         return None
     if slopes is None or reference is None:
         return None
-    steepest = max(reference.abs().max().item(), slopes.abs().max().item())
+    others = [i for i in range(drawn.dim()) if i != axis]
+    most = slopes.abs().amax(others) if others else slopes.abs()
+    steepest = max(reference.abs().max().item(), most.max().item())
     spread = reference.max().item() - reference.min().item()
     if not spread > _LINEAR * steepest:
         return None
-    others = [i for i in range(drawn.dim()) if i != axis]
-    most = slopes.abs().amax(others) if others else slopes.abs()
     dead = (most == 0).double().mean().item()
     saturated = (most < SATURATED * steepest).double().mean().item()
-    return float(dead), float(saturated), float(slopes.double().square().mean().sqrt().item())
+    return float(dead), float(saturated), math.sqrt(power(slopes) / slopes.numel())
+
+
+def _function(activation: Activation) -> Any:
+    """What decides the values of an activation that reads no constant; None for others."""
+    inside = {activation.root, *activation.nodes}
+    if any(a not in inside for n in activation.nodes for a in n.all_input_nodes):
+        return None
+    place = {activation.root: 0} | {n: i + 1 for i, n in enumerate(activation.nodes)}
+    calls = [(n.target, fx.node.map_arg((n.args, n.kwargs), lambda a: f"%{place[a]}")) for n in activation.nodes]
+    return tuple((str(target), repr(given)) for target, given in calls)
 
 
 def _slope(activation: Activation, x: Tensor, value_of: Callable[[fx.Node], Any]) -> Tensor | None:
@@ -117,7 +141,7 @@ def _slope(activation: Activation, x: Tensor, value_of: Callable[[fx.Node], Any]
     with torch.enable_grad():
         x = x.requires_grad_(True)
         # A function written in place must not write to the leaf.
-        values: dict[fx.Node, Any] = {activation.root: x * 1}
+        values: dict[fx.Node, Any] = {activation.root: x * 1 if any(_writes(n) for n in activation.nodes) else x}
 
         def load(node: fx.Node) -> Any:
             return values[node] if node in values else value_of(node)
@@ -129,8 +153,12 @@ def _slope(activation: Activation, x: Tensor, value_of: Callable[[fx.Node], Any]
         result = values[activation.exit]
         if not (isinstance(result, Tensor) and result.shape == x.shape and result.requires_grad):
             return None
-        (slope,) = torch.autograd.grad(result.sum(), x)
+        (slope,) = torch.autograd.grad(result, x, torch.ones((), device=x.device).expand(x.shape))
     return slope
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def by_exit(activations: Sequence[Activation]) -> Mapping[fx.Node, Activation]:

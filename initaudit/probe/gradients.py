@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from initaudit.graph.calls import role_of
+from initaudit.graph.calls import arguments, role_of
 from initaudit.probe.axes import Axes, first_tensor
-from initaudit.probe.passes import Observer, Pass, backward, cotangents
+from initaudit.probe.passes import Observer, Pass, cotangents, through_signals
 from initaudit.probe.statistics import by_example
 from initaudit.probe.trace import GramRecord, Kernel
 
@@ -32,6 +32,10 @@ _EXAMPLES = 64
 # So many projections at least are taken of a weight's gradient (a squared norm errs by sqrt(2 / projections)), by running a
 # layer of few units several times. A recurrent layer's units share its weights: all of it is one projection.
 _PROJECTIONS, _RUNS = 64, 16
+# Of a linear layer with more units than this, so many stand for all: their share of a squared norm errs by sqrt(2 / 256) = 9 %.
+_UNITS = 256
+# Normal numbers drawn once; each weight's direction is a stretch of them that begins elsewhere.
+_POOL = 1 << 21
 
 
 class GradientSketch(Observer):
@@ -42,6 +46,7 @@ class GradientSketch(Observer):
         self.held: dict[fx.Node, dict[fx.Node, Any]] = {}
         self.parts: dict[fx.Node, Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed + 1)
+        self.pool = torch.empty(0)
         self.open = False
 
     def signal(self, run: Pass, node: fx.Node, value: Tensor) -> None:
@@ -52,6 +57,10 @@ class GradientSketch(Observer):
             held = {a: run.env[a] for a in node.all_input_nodes if a not in run.constant}
             self.held[node] = {a: v.detach() if isinstance(v, Tensor) else v for a, v in held.items()}
 
+    def wants_gradient(self, run: Pass, node: fx.Node) -> bool:
+        """Where a weight is used."""
+        return node in self.held
+
     def gradient(self, run: Pass, node: fx.Node, gradient: Tensor) -> None:
         """Sketches the gradients of the weights that `node` uses."""
         if not self.open or node not in self.held:
@@ -60,16 +69,59 @@ class GradientSketch(Observer):
         apart = kind != "recurrent" and axes.unit is not None
         units = gradient.shape[axes.unit] if apart and axes.unit is not None else 1
         runs, held = min(_RUNS, -(-_PROJECTIONS // units)), self.held.pop(node)
-        sketches = []
-        for _ in range(runs):
-            with torch.no_grad():
-                moved = self._moved(run, node, held)
-            if moved is None or moved.shape != gradient.shape:
-                return
-            sketches.append(_by_unit(gradient * moved, axes if apart else replace(axes, unit=None)) / math.sqrt(runs))
-        part = torch.cat(sketches, 1)
+        with torch.no_grad():
+            some = self._some_units(run, node, held, axes, units) if apart else None
+            if some is not None and axes.unit is not None:
+                moved, picked = some
+                rows = _by_unit(gradient.index_select(axes.unit, picked) * moved, axes)
+                part = rows * math.sqrt(units / picked.numel())
+            else:
+                sketches = []
+                for _ in range(runs):
+                    again = self._moved(run, node, held)
+                    if again is None or again.shape != gradient.shape:
+                        return
+                    sketches.append(_by_unit(gradient * again, axes if apart else replace(axes, unit=None)) / math.sqrt(runs))
+                part = torch.cat(sketches, 1)
         if bool(torch.isfinite(part).all()):
             self.parts[node] = part
+
+    def _some_units(
+        self, run: Pass, node: fx.Node, held: Mapping[fx.Node, Any], axes: Axes, units: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """The change of some units for a random change of their weights, and which; None where all have to be run.
+
+        The units are picked at random among equal stretches of all of them, so that packed projections are all seen.
+        """
+        uses, leaves = run.uses[node], [a for a in node.all_input_nodes if (node, a) in run.leaves]
+        if units < 2 * _UNITS or len(uses) != 1:
+            return None
+        use, weight = uses[0].use, uses[0].weight
+        bias = arguments(node).get(use.bias) if use.bias is not None else None
+        plain = use.groups == 1 and not use.gates and use.axes.count("o") == 1 and "v" not in use.axes and "n" not in use.axes
+        if not plain or any(a not in (weight, bias) for a in leaves) or (node, weight) not in run.leaves:
+            return None
+        along = use.axes.index("o")
+        if run.leaves[node, weight].shape[along] != units:
+            return None
+        step = units // _UNITS
+        picked = torch.arange(_UNITS) * step + torch.randint(step, (_UNITS,), generator=self.generator)
+        shape = list(run.leaves[node, weight].shape)
+        shape[along] = _UNITS
+        values: dict[fx.Node, Any] = {**held, weight: self._draw(torch.Size(shape), run.leaves[node, weight].device)}
+        if isinstance(bias, fx.Node):
+            trained = (node, bias) in run.leaves
+            value = run.weights.get(bias)
+            if not isinstance(value, Tensor) or value.shape != (units,):
+                return None
+            values[bias] = self._draw(torch.Size([_UNITS]), value.device) if trained else value.new_zeros(_UNITS)
+        values |= {a: run.weights[a] for a in node.all_input_nodes if a in run.constant and a not in values}
+        result = first_tensor(_call(node, values))
+        expected = list(run.shapes[node])
+        expected[axes.unit or 0] = _UNITS
+        if result is None or list(result.shape) != expected:
+            return None
+        return result, picked.to(result.device)
 
     def _moved(self, run: Pass, node: fx.Node, held: Mapping[fx.Node, Any]) -> Tensor | None:
         """The change of the node's value for a random change of its weights."""
@@ -78,10 +130,9 @@ class GradientSketch(Observer):
         others = {a: run.weights[a] for a in node.all_input_nodes if a in run.constant and a not in leaves}
 
         def call(values: Mapping[fx.Node, Any]) -> Tensor | None:
-            args, kwargs = fx.node.map_arg(node.args, values.__getitem__), fx.node.map_arg(node.kwargs, values.__getitem__)
-            return first_tensor(node.target(*args, **kwargs))  # type: ignore[operator]
+            return first_tensor(_call(node, values))
 
-        drawn = {a: self._draw(run.leaves[node, a]) for a in leaves}
+        drawn = {a: self._draw(run.leaves[node, a].shape, run.leaves[node, a].device) for a in leaves}
         if kind == "recurrent":
             return _derivative(call, {**held, **others}, {a: run.leaves[node, a].detach() for a in leaves}, drawn)
         value = call({**held, **others, **drawn})
@@ -94,8 +145,16 @@ class GradientSketch(Observer):
             value = value - still if still is not None else value
         return value
 
-    def _draw(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self.generator).to(like.device)
+    def _draw(self, shape: torch.Size, device: torch.device) -> Tensor:
+        count = math.prod(shape)
+        if count > _POOL // 2:
+            return torch.randn(shape, generator=self.generator).to(device)
+        if count > self.pool.numel() // 2:
+            # Small networks need few numbers; the pool grows with the weights.
+            size = min(_POOL, max(4 * count, 1 << 14))
+            self.pool = torch.cat([self.pool, torch.randn(size - self.pool.numel(), generator=self.generator)])
+        start = int(torch.randint(self.pool.numel() - count + 1, (), generator=self.generator))
+        return self.pool[start : start + count].view(shape).to(device)
 
     def measure(self, run: Pass, ends: list[Tensor], batch: int, seed: int) -> GramRecord | None:
         """The spectra of both Gram matrices; None where no weight could be followed or a gradient is not finite."""
@@ -103,7 +162,7 @@ class GradientSketch(Observer):
             return None
         given = cotangents(ends, batch, torch.Generator().manual_seed(seed), shared=True)
         self.open = True
-        sites = backward(run, ends, given, keep=False)
+        through_signals(run, ends, given)
         self.open = False
         self.held.clear()
         plain: Tensor | None = None
@@ -115,9 +174,10 @@ class GradientSketch(Observer):
             gram = rows @ rows.T
             if not bool(torch.isfinite(gram).all()):
                 return None
-            of_node = [g for (consumer, _), g in sites.items() if consumer is node]
-            elements = sum(g.numel() for g in of_node)
-            rms = math.sqrt(sum(float(g.double().square().sum()) for g in of_node) / elements) / batch if elements else 0.0
+            # The sum over all examples of their sketches is the sketch of the batch's gradient.
+            whole = float(part.double().sum(0).square().sum())
+            elements = sum(leaf.numel() for (consumer, _), leaf in run.leaves.items() if consumer is node)
+            rms = math.sqrt(whole / elements) / batch if elements else 0.0
             plain = gram if plain is None else plain + gram
             if rms > 0:
                 scaled = gram / rms if scaled is None else scaled + gram / rms
@@ -125,6 +185,11 @@ class GradientSketch(Observer):
             return None
         zero = torch.zeros_like(plain)
         return GramRecord(plain.shape[0], kernel(plain), kernel(scaled if scaled is not None else zero))
+
+
+def _call(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg(node.args, values.__getitem__), fx.node.map_arg(node.kwargs, values.__getitem__)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _derivative(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,24 +11,38 @@ from torch import Tensor, fx
 from initaudit.graph.calls import arguments, role_of, signal_inputs
 from initaudit.probe.activations import Activation, by_exit, find_activations, flat_units, sample
 from initaudit.probe.passes import Observer, Pass, kind_of
-from initaudit.probe.statistics import by_example, moments, power, row_entropy, similarity, thin, token_similarity
+from initaudit.probe.statistics import (
+    by_example,
+    moments,
+    participation,
+    peak,
+    power,
+    row_entropy,
+    similarities,
+    thin,
+    token_rows,
+)
 from initaudit.probe.trace import Signal
 
 # Attention maps are computed a second time to see their entropy: for so many examples and at most so long a sequence.
 _MAPS, _LENGTH = 2, 1024
+_HELD = 1 << 22  # numbers kept for comparison, 16 MiB
 
 
 class SignalObserver(Observer):
-    """Fills `signals` by node name. Nodes that only move elements share the numbers of their source."""
+    """Fills `signals` by node name when it is closed. Nodes that only move elements share the numbers of their source."""
 
     def __init__(self, graph: fx.Graph, constant: frozenset[fx.Node]) -> None:
         activations = find_activations(graph, constant)
+        self.records: dict[str, dict[str, Any]] = {}
         self.signals: dict[str, Signal] = {}
         self.exits = by_exit(activations)
         self.waiting: dict[fx.Node, int] = {}
         for activation in activations:
             self.waiting[activation.root] = self.waiting.get(activation.root, 0) + 1
         self.samples: dict[fx.Node, Tensor] = {}
+        self.references: dict[Any, Tensor | None] = {}
+        self.rows = _Rows(self.records)
         self.first_non_finite: str | None = None
         self.first_non_finite_gradient: str | None = None
         self.same_as: dict[str, str] = {}
@@ -38,78 +51,76 @@ class SignalObserver(Observer):
     def signal(self, run: Pass, node: fx.Node, value: Tensor) -> None:
         """The forward statistics of one node."""
         kind, source = kind_of(node), self._source(run, node, value)
-        mean: float | None
-        moment2: float | None
-        peak: float | None
+        record: dict[str, Any] = {"order": run.order[node], "kind": kind, "shape": tuple(value.shape)}
         if source is not None:
-            known = self.signals[source]
+            known = self.records[source]
             self.same_as[node.name] = source
-            mean, moment2, peak, finite = known.mean, known.moment2, known.peak, known.finite
+            record |= {name: known[name] for name in ("mean", "moment2", "peak", "finite")}
         else:
-            mean, moment2, peak, finite = moments(value)
-        if not finite and self.first_non_finite is None:
-            self.first_non_finite = node.name
-        extra: dict[str, Any] = {}
-        if finite:
-            if kind != "passthrough":
-                extra = self._between_examples(run, node, value)
-            if kind in ("softmax", "attention"):
-                extra["entropy"] = _entropy(run, node, value)
-            extra |= self._activation(run, node, value)
-        mean, moment2, peak = (m if m is not None and math.isfinite(m) else None for m in (mean, moment2, peak))
-        record = Signal(node.name, run.order[node], kind, tuple(value.shape), mean, moment2, peak, finite)
-        self.signals[node.name] = replace(record, **extra)
+            mean, moment2, finite = moments(value)
+            record |= {"mean": mean, "moment2": moment2} if finite else {"mean": None, "moment2": None}
+            # Functions of one signal, and norms, hardly pass what stands before them: the look for the largest is saved.
+            grows = finite and (kind not in ("pointwise", "normalization", "softmax") or len(set(signal_inputs(node))) > 1)
+            record |= {"peak": peak(value) if grows else None, "finite": finite}
+        self.records[node.name] = record
+        if not record["finite"]:
+            self.first_non_finite = self.first_non_finite or node.name
+            return
+        if kind != "passthrough":
+            self._between_examples(run, node, value)
+        if kind in ("softmax", "attention"):
+            record["entropy"] = _entropy(run, node, value)
+        record |= self._activation(run, node, value)
+
+    def wants_gradient(self, run: Pass, node: fx.Node) -> bool:
+        """Not where the source has the same elements and nobody else reads it: its gradient has the same power."""
+        return not (node.name in self.same_as and len(signal_inputs(node)[0].users) == 1)
 
     def gradient(self, run: Pass, node: fx.Node, gradient: Tensor) -> None:
         """The gradient's second moment at one node."""
-        if self.closed or (node.name in self.same_as and len(self._origin(node).users) == 1):
+        if self.closed or not self.wants_gradient(run, node):
             return
         moment2 = power(gradient) / gradient.numel()
         finite = math.isfinite(moment2)
         if not finite and self.first_non_finite_gradient is None:
             self.first_non_finite_gradient = node.name
-        known = self.signals[node.name]
-        self.signals[node.name] = replace(known, gradient_moment2=moment2 if finite else None, gradient_finite=finite)
+        self.records[node.name] |= {"gradient_moment2": moment2 if finite else None, "gradient_finite": finite}
 
     def close(self) -> None:
-        """Gives nodes that only moved elements the gradient of their source; later gradients are not recorded."""
+        """Makes the records of what was seen; later gradients are not recorded."""
         self.closed = True
+        self.rows.flush()
         for name, source in self.same_as.items():
-            known = self.signals[name]
-            if known.gradient_moment2 is None:
-                origin = self.signals[source]
-                self.signals[name] = replace(
-                    known, gradient_moment2=origin.gradient_moment2, gradient_finite=origin.gradient_finite
-                )
+            known, origin = self.records[name], self.records[source]
+            if known.get("gradient_moment2") is None and "gradient_moment2" in origin:
+                known |= {key: origin[key] for key in ("gradient_moment2", "gradient_finite")}
+        self.signals = {name: Signal(name, **record) for name, record in self.records.items()}
 
     def _source(self, run: Pass, node: fx.Node, value: Tensor) -> str | None:
         """The node whose elements this one has, in another order."""
         if kind_of(node) != "passthrough" or len(node.all_input_nodes) == 0:
             return None
         source = signal_inputs(node)[0]
-        known = self.signals.get(source.name)
-        if known is None or math.prod(known.shape) != value.numel() or isinstance(run.env.get(source), (tuple, list)):
+        known = self.records.get(source.name)
+        if known is None or math.prod(known["shape"]) != value.numel() or isinstance(run.env.get(source), (tuple, list)):
             return None
         names = [a for a in node.all_input_nodes if a is not source and a not in run.constant]
         return None if names or not _bijective(node) else source.name
 
-    def _origin(self, node: fx.Node) -> fx.Node:
-        return signal_inputs(node)[0]
-
-    def _between_examples(self, run: Pass, node: fx.Node, value: Tensor) -> dict[str, Any]:
-        axes, found = run.axes[node], {}
-        if axes.batch is not None:
-            found["cosine"], found["spread"] = similarity(thin(by_example(value, axes)))
-            if value.dim() == 3 and axes.unit is not None and value.shape[axes.batch] == axes.examples and min(value.shape) > 0:
-                found["token_cosine"], found["token_spread"] = token_similarity(value, axes.batch, axes.unit)
-        return found
+    def _between_examples(self, run: Pass, node: fx.Node, value: Tensor) -> None:
+        axes = run.axes[node]
+        if axes.batch is None:
+            return
+        self.rows.add("examples", node.name, thin(by_example(value, axes)).unsqueeze(0))
+        if value.dim() == 3 and axes.unit is not None and value.shape[axes.batch] == axes.examples and min(value.shape) > 0:
+            self.rows.add("tokens", node.name, token_rows(value, axes.batch, axes.unit))
 
     def _activation(self, run: Pass, node: fx.Node, value: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {}
         activation: Activation | None = self.exits.get(node)
         if activation is not None and activation.root in self.samples:
             root = activation.root
-            flat = flat_units(activation, self.samples[root], run.axes[root].unit, run.weights.__getitem__)
+            flat = flat_units(activation, self.samples[root], run.axes[root].unit, run.weights.__getitem__, self.references)
             if flat is not None:
                 found = dict(zip(("dead", "saturated", "slope"), flat, strict=True))
             self.waiting[root] -= 1
@@ -119,6 +130,33 @@ class SignalObserver(Observer):
             axes = run.axes[node]
             self.samples[node] = sample(value, axes.unit, axes.batch)
         return found
+
+
+class _Rows:
+    """Rows to be compared, gathered so that those of many nodes are compared at once: each call is small and there are many."""
+
+    def __init__(self, records: dict[str, dict[str, Any]]) -> None:
+        self.records = records
+        self.held: dict[tuple[str, torch.Size], list[tuple[str, Tensor]]] = {}
+        self.size = 0
+
+    def add(self, what: str, name: str, rows: Tensor) -> None:
+        """Takes a copy of the (groups, n, d) rows of a node."""
+        self.held.setdefault((what, rows.shape), []).append((name, rows.clone()))
+        self.size += rows.numel()
+        if self.size > _HELD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Compares what is held and writes the results into the records."""
+        for (what, _), held in self.held.items():
+            stacked = torch.stack([rows for _, rows in held])
+            prefix = "token_" if what == "tokens" else ""
+            found = zip(similarities(stacked), participation(stacked), strict=True)
+            for (name, _), ((cosine, spread), rank) in zip(held, found, strict=True):
+                self.records[name] |= {f"{prefix}cosine": cosine, f"{prefix}spread": spread, f"{prefix}rank": rank}
+        self.held.clear()
+        self.size = 0
 
 
 # Operators that keep all elements but repeat or drop none have as many of them; these change values or pick with repetition.

@@ -43,17 +43,18 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
         sites = backward(run, ends, drawn, keep=True)
         observer.close()
         gram = sketch.measure(run, ends, batch, seed)
-        parameters = _parameters(graph, run, sites)
+        norm_of, gradients = _Norms(), run.parameter_gradients(sites)
+        parameters = _parameters(graph, run, gradients, norm_of)
         silent = [name for name, p in parameters.items() if p.gradient_zero]
         steps = 0
         if silent and ends and observer.first_non_finite is None:
             steps = 2
-            after = revived(graph, constant, given, run.parameter_gradients(sites), silent, seed, place)
+            after = revived(graph, constant, given, gradients, silent, seed, place)
             parameters = {n: _with_revival(p, after) for n, p in parameters.items()}
         return Trace(
             batch=batch,
             signals=observer.signals,
-            weights=tuple(_weight_records(run, sites, observer)),
+            weights=tuple(_weight_records(run, sites, observer, norm_of)),
             parameters=parameters,
             outputs=tuple(n.name for n, _ in run.outputs),
             first_non_finite=observer.first_non_finite,
@@ -78,19 +79,33 @@ def _inputs(inputs: Sequence[Tensor], device: torch.device | None) -> list[Tenso
     return [x.float() if x.is_floating_point() else x for x in moved]
 
 
-def _parameters(graph: Graph, run: Pass, sites: Sites) -> dict[str, ParameterRecord]:
-    gradients = run.parameter_gradients(sites)
+class _Norms:
+    """Frobenius norms, each taken once: a weight used in one place is its parameter, and so is its gradient."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, tuple[Tensor, float]] = {}
+
+    def __call__(self, x: Tensor) -> float:
+        known = self.held.get(id(x))
+        if known is None:
+            # The tensor is kept, so that no other one can take its id.
+            known = self.held[id(x)] = (x, power(x) ** 0.5)
+        return known[1]
+
+
+def _parameters(graph: Graph, run: Pass, gradients: Mapping[str, Tensor], norm_of: _Norms) -> dict[str, ParameterRecord]:
     hidden = _hidden(run)
     found = {}
     for key, value in run.parameters.items():
         constant = graph.constants[key]
         gradient = gradients.get(key)
-        if key in hidden and (gradient is None or not bool(gradient.any())):
+        norm = None if gradient is None else norm_of(gradient)
+        # A norm of zero may be an underflow; what is not zero needs no second look.
+        zero = gradient is None or (norm == 0 and not bool(gradient.any()))
+        if key in hidden and zero:
             continue  # its way to the output was not run: nothing can be said of its gradient
-        norm = None if gradient is None else power(gradient) ** 0.5
-        zero = gradient is None or not bool(gradient.any())
         found[key] = ParameterRecord(
-            constant.name, constant.shape, power(value) ** 0.5, norm, zero, None if zero else 0, gradient is not None
+            constant.name, constant.shape, norm_of(value), norm, zero, None if zero else 0, gradient is not None
         )
     return found
 
@@ -114,15 +129,15 @@ def _with_revival(record: ParameterRecord, after: Mapping[str, int | None]) -> P
     )
 
 
-def _weight_records(run: Pass, sites: Sites, observer: SignalObserver) -> Iterator[WeightRecord]:
+def _weight_records(run: Pass, sites: Sites, observer: SignalObserver, norm_of: _Norms) -> Iterator[WeightRecord]:
     for node, uses in run.uses.items():
         for use in uses:
             value = run.weights.get(use.weight)
             if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
                 continue
             gradient = sites.get((node, use.weight))
-            norm = power(value) ** 0.5
-            steep = None if gradient is None else power(gradient) ** 0.5
+            norm = norm_of(value)
+            steep = None if gradient is None else norm_of(gradient)
             source = next((a for a in node.all_input_nodes if a.name in observer.signals), None)
             seen, into = observer.signals.get(node.name), observer.signals.get(source.name) if source is not None else None
             yield WeightRecord(

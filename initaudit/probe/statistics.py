@@ -14,15 +14,20 @@ _SAFE = (1e-24, 1e36)
 _EXAMPLES, _FEATURES = 32, 1024
 
 
-def moments(x: Tensor) -> tuple[float, float, float, bool]:
-    """(mean, second moment, largest absolute value, all finite?) of a tensor with at least one element."""
+def moments(x: Tensor) -> tuple[float, float, bool]:
+    """(mean, second moment, all finite?) of a tensor with at least one element."""
     x = x.detach()
-    low, high = torch.aminmax(x)
-    peak = max(-low.item(), high.item())
     square = power(x)
-    if not (math.isfinite(square) and math.isfinite(peak)):
-        return math.nan, math.nan, peak, False
-    return (x.sum().item() if peak < 1e30 else x.double().sum().item()) / x.numel(), square / x.numel(), peak, True
+    if not math.isfinite(square):
+        return math.nan, math.nan, False
+    total = x.sum().item() if square < _SAFE[1] else x.double().sum().item()
+    return total / x.numel(), square / x.numel(), True
+
+
+def peak(x: Tensor) -> float:
+    """The largest absolute value."""
+    low, high = torch.aminmax(x.detach())
+    return float(max(-low.item(), high.item()))
 
 
 def power(x: Tensor) -> float:
@@ -53,34 +58,56 @@ def thin(rows: Tensor) -> Tensor:
 
 
 def similarity(rows: Tensor) -> tuple[float | None, float | None]:
-    """(mean cosine between rows, variance over rows as a share of the second moment) of (n, d) or (groups, n, d) rows.
+    """`similarities` of one (n, d) matrix, or the mean over the groups of (groups, n, d)."""
+    return similarities((rows if rows.dim() == 3 else rows.unsqueeze(0)).unsqueeze(0))[0]
+
+
+def similarities(rows: Tensor) -> list[tuple[float | None, float | None]]:
+    """(mean cosine between rows, variance over rows as a share of the second moment) of each of k times (groups, n, d) rows.
 
     Sums over pairs follow from the sum of the unit vectors: |Σ u|² = n + Σ_{i≠j} cos. The spread is taken in float64, where
     rows that differ only in the last float32 digits still show a difference of zero or of rounding size. Groups without a
     signal are left out; rows of zeros count as unlike all others.
     """
-    rows = rows.double() if rows.dim() == 3 else rows.double().unsqueeze(0)
-    n = rows.shape[1]
+    n = rows.shape[2]
     if n < 2 or rows.numel() == 0:
-        return None, None
-    squares = rows.square().sum(2)
-    total = squares.sum(1)
-    mean = rows.mean(1, keepdim=True)
-    between = (rows - mean).square().sum((1, 2))
-    weight = torch.where(squares > 0, squares, 1).rsqrt().unsqueeze(1)
-    pairs = ((weight @ rows).square().sum((1, 2)) - (squares > 0).sum(1)) / (n * (n - 1))
+        return [(None, None)] * rows.shape[0]
+    rows = rows.double()
+    squares = rows.square().sum(3)
+    total = squares.sum(2)
+    between = (rows - rows.mean(2, keepdim=True)).square().sum((2, 3))
+    weight = torch.where(squares > 0, squares, 1).rsqrt().unsqueeze(2)
+    pairs = ((weight @ rows).square().sum((2, 3)) - (squares > 0).sum(2)) / (n * (n - 1))
     alive = (total > 0) & torch.isfinite(total)
-    if not bool(alive.any()):
-        return None, None
-    cosine, spread = torch.stack([pairs[alive], (between / total)[alive]]).mean(1).tolist()
-    return cosine, spread
+    count = alive.sum(1)
+    safe = torch.where(alive, total, 1)
+    cosine = torch.where(alive, pairs, 0).sum(1) / count
+    spread = torch.where(alive, between / safe, 0).sum(1) / count
+    found = zip(count.tolist(), cosine.tolist(), spread.tolist(), strict=True)
+    return [(c, s) if some else (None, None) for some, c, s in found]
 
 
-def token_similarity(x: Tensor, batch: int, unit: int) -> tuple[float | None, float | None]:
-    """`similarity` of the positions of an example in a rank-3 tensor, averaged over at most 4 examples."""
+def token_rows(x: Tensor, batch: int, unit: int) -> Tensor:
+    """At most 4 examples by 32 positions by 1024 features of a rank-3 tensor."""
     (tokens,) = {0, 1, 2} - {batch, unit}
     examples = x.detach().permute(batch, tokens, unit)[:4, :_EXAMPLES]
-    return similarity(examples[:, :, :: max(1, -(-examples.shape[2] // _FEATURES))])
+    return examples[:, :, :: max(1, -(-examples.shape[2] // _FEATURES))]
+
+
+def participation(rows: Tensor) -> list[float | None]:
+    """(Σλ)²/Σλ² of the Gram matrices of (k, groups, n, d): how many directions the n rows share, averaged over groups.
+
+    1 where all rows are multiples of one vector, min(n, d) where they are orthogonal and equally long.
+    """
+    rows = rows.double()
+    # The scale is taken out first: fourth powers of 1e-90 are none.
+    rows = rows / rows.abs().amax((2, 3), keepdim=True).clamp_min(1e-300)
+    gram = rows @ rows.transpose(2, 3)
+    top, total = gram.diagonal(dim1=2, dim2=3).sum(2), gram.square().sum((2, 3))
+    alive = (total > 0) & torch.isfinite(total)
+    count = alive.sum(1)
+    rank = torch.where(alive, top.square() / torch.where(alive, total, 1), 0).sum(1) / count
+    return [r if some else None for some, r in zip(count.tolist(), rank.tolist(), strict=True)]
 
 
 def row_entropy(p: Tensor, axis: int) -> float | None:

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 class Signal:
     """One data node. None stands for "not measured here" (integers, unknown axes, no gradient path).
 
-    `order` counts data nodes in order of execution. `peak` is the largest absolute value.
+    `order` counts data nodes in order of execution. `peak` is the largest absolute value, not looked for in functions
+    of one signal.
     `cosine` is the mean cosine between different examples, `spread` the variance over examples as a share of the second moment;
-    `token_cosine` and `token_spread` say the same of the positions of one example in a sequence.
+    `rank` is (Σλ)²/Σλ² of the Gram matrix of the (at most 32) examples' signals: 1 where they all lie on one line.
+    `token_cosine`, `token_spread` and `token_rank` say the same of the positions of one example (Dong et al. 2021).
     `entropy` of a softmax or an attention is the mean entropy of its rows as a share of that of a uniform row.
     `dead` and `saturated` are shares of units of an activation: local derivative exactly zero, or below
     `activations.SATURATED` of its steepest, at every sampled example and position.
@@ -36,8 +38,10 @@ class Signal:
     gradient_finite: bool = True
     cosine: float | None = None
     spread: float | None = None
+    rank: float | None = None
     token_cosine: float | None = None
     token_spread: float | None = None
+    token_rank: float | None = None
     entropy: float | None = None
     dead: float | None = None
     saturated: float | None = None

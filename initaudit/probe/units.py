@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from initaudit.roles import WeightUse
 # orders, with cancellation: 2**-24 * sqrt(1e6) = 6e-5. Rows that differ at all differ by far more.
 _VALUE, _GRADIENT = 1e-6, 1e-4
 _ROWS = 8192
+_SAFE = (1e-20, 1e30)
 
 
 def rows(x: Tensor, use: WeightUse) -> Tensor | None:
@@ -35,20 +38,30 @@ def classes(matrix: Tensor, tolerance: float) -> Tensor:
     difference of norm d projects to N(0, d²), so different rows pass for equal with a probability of about tolerance / d in one
     direction; eight directions at once leave none.
     """
-    count, peak = matrix.shape[0], matrix.abs().max()
-    if count == 0 or not torch.isfinite(peak) or peak == 0:
+    count = matrix.shape[0]
+    if count == 0 or matrix.numel() == 0:
         return torch.zeros(count, dtype=torch.long)
-    matrix = matrix / peak
-    scale = matrix.norm(dim=1).max()
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn((matrix.shape[1], 8), generator=generator).to(matrix.device)
-    keys = (matrix / scale).float() @ directions
+    keys = matrix.float() @ _directions(matrix.shape[1]).to(matrix.device)
+    top = keys.abs().max()
+    if not _SAFE[0] < float(top) < _SAFE[1]:
+        # Beyond the range in which float32 keeps its digits, or zero: the scale is taken out first.
+        peak = matrix.abs().max()
+        if not torch.isfinite(peak) or peak == 0:
+            return torch.zeros(count, dtype=torch.long)
+        keys = (matrix / peak).float() @ _directions(matrix.shape[1]).to(matrix.device)
+    # Eight N(0, |row|²) numbers tell the largest row's norm within a quarter.
+    keys = keys / keys.square().mean(1).max().sqrt()
     order = torch.argsort(keys[:, 0])
     ordered = keys[order]
     new = (ordered[1:] - ordered[:-1]).abs().amax(1) > 4 * tolerance
     labels = torch.zeros(count, dtype=torch.long)
     labels[order.cpu()] = torch.cat([torch.zeros(1, dtype=torch.long), new.long().cumsum(0).cpu()])
     return labels
+
+
+@lru_cache(maxsize=64)
+def _directions(features: int) -> Tensor:
+    return torch.randn((features, 8), generator=torch.Generator().manual_seed(0))
 
 
 def compare_units(weight: Tensor, gradient: Tensor, bias: Tensor | None, use: WeightUse) -> Units | None:
@@ -70,4 +83,7 @@ def compare_units(weight: Tensor, gradient: Tensor, bias: Tensor | None, use: We
 
 
 def _distinct(labels: Tensor) -> int:
-    return len({tuple(row) for row in labels.tolist()})
+    code = labels[:, 0]
+    for column in labels.T[1:]:
+        code = code * (int(column.max()) + 1) + column
+    return int(torch.unique(code).numel())
