@@ -41,8 +41,8 @@ class Activation:
         return self.nodes[-1]
 
 
-def find_activations(graph: fx.Graph, constant: frozenset[fx.Node]) -> tuple[Activation, ...]:
-    """Every pointwise function of a single signal, in order of execution."""
+def find_activations(graph: fx.Graph, constant: frozenset[fx.Node], *, inner: bool = False) -> tuple[Activation, ...]:
+    """Every pointwise function of a single signal, in order of execution; with `inner` those that only serve another too."""
     root: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node.op == "call_function" and role_of(node).kind == "pointwise" and role_of(node).name != "glu":
@@ -55,7 +55,7 @@ def find_activations(graph: fx.Graph, constant: frozenset[fx.Node]) -> tuple[Act
     found = []
     for source, nodes in members.items():
         for i, node in enumerate(nodes):
-            if any(root.get(user) is not source for user in node.users):
+            if inner or any(root.get(user) is not source for user in node.users):
                 found.append(Activation(source, _needed(node, nodes[: i + 1])))
     return tuple(found)
 

@@ -13,9 +13,11 @@ from initaudit.graph.calls import Use, arguments
 from initaudit.graph.constness import constant_nodes
 from initaudit.graph.graph import Graph
 from initaudit.probe.gradients import GradientSketch
+from initaudit.probe.measures import measures
 from initaudit.probe.observe import SignalObserver
 from initaudit.probe.passes import Pass, backward, batch_of, cotangents
-from initaudit.probe.statistics import power
+from initaudit.probe.recurrence import TimeObserver
+from initaudit.probe.statistics import peak, power
 from initaudit.probe.trace import ParameterRecord, Trace, Units, WeightRecord
 from initaudit.probe.units import compare_units
 from initaudit.probe.virtual import revived
@@ -35,7 +37,8 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
         constant = constant_nodes(graph.fx)
         observer = SignalObserver(graph.fx, constant)
         sketch = GradientSketch(seed)
-        run = Pass(graph, constant, device=place, observers=(observer, sketch))
+        along = TimeObserver(seed)
+        run = Pass(graph, constant, device=place, observers=(observer, sketch, along))
         given = _inputs(inputs, place)
         run.run(*given)
         ends, batch = run.ends(), batch_of(given)
@@ -51,10 +54,11 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
             steps = 2
             after = revived(graph, constant, given, gradients, silent, seed, place)
             parameters = {n: _with_revival(p, after) for n, p in parameters.items()}
+        weights = tuple(_weight_records(run, sites, observer, norm_of))
         return Trace(
             batch=batch,
             signals=observer.signals,
-            weights=tuple(_weight_records(run, sites, observer, norm_of)),
+            weights=weights,
             parameters=parameters,
             outputs=tuple(n.name for n, _ in run.outputs),
             first_non_finite=observer.first_non_finite,
@@ -62,6 +66,8 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
             unknown={n.name: reason for n, reason in run.missing.items()},
             gram=gram,
             virtual_steps=steps,
+            time=tuple(along.records),
+            measures=measures(graph, observer.signals, weights, run.outputs),
         )
 
 
@@ -154,6 +160,8 @@ def _weight_records(run: Pass, sites: Sites, observer: SignalObserver, norm_of: 
                 output_moment2=None if seen is None else seen.moment2,
                 output_gradient_moment2=None if seen is None else seen.gradient_moment2,
                 units=_units(run, use, value, gradient),
+                weight_peak=peak(value),
+                fan_in=use.use.fans(tuple(value.shape))[0] if len(use.use.axes) == value.dim() else None,
             )
 
 

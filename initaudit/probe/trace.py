@@ -10,6 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from initaudit.probe.measures import Measures
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Signal:
 class Units:
     """The units (rows along `o`) of a weight: how many, and how many classes of them hold equal values and biases.
 
-    `distinct` counts classes that differ in values, bias or gradient; `distinct_gradients` in gradients alone.
+    `distinct` counts classes that differ in values, bias or gradient: as many are left after one update, since equal values
+    part only where their gradients differ. `distinct_gradients` counts those that differ in gradients alone.
     """
 
     count: int
@@ -66,7 +71,8 @@ class WeightRecord:
     """A weight at one place of use: `weight` is consumed by `node` as its parameter `argument` (at `index` of a list).
 
     `constants` names the parameters that the weight is made of. Norms are Frobenius norms; `trust_ratio` is
-    norm(w) / norm(gradient) (You et al. 2017, eq. 6, without its coefficient), None where the gradient is zero.
+    norm(w) / norm(gradient) (You et al. 2017, eq. 6, without its coefficient), None where the gradient is zero. `weight_peak`
+    is the largest absolute value, `fan_in` the number of products that meet in a unit.
     """
 
     node: str
@@ -82,6 +88,38 @@ class WeightRecord:
     output_moment2: float | None
     output_gradient_moment2: float | None
     units: Units | None = None
+    weight_peak: float | None = None
+    fan_in: int | None = None
+
+    @property
+    def sgd_update(self) -> float | None:
+        """norm(update) / norm(w) of one SGD step on the probe's loss at learning rate 1; times the rate for another."""
+        return self.gradient_norm / self.weight_norm if self.gradient_norm is not None and self.weight_norm > 0 else None
+
+    @property
+    def adam_update(self) -> float | None:
+        """norm(update) / norm(w) of Adam's first step, whose elements are all ±1, at learning rate 1."""
+        return math.sqrt(self.elements) / self.weight_norm if self.weight_norm > 0 else None
+
+
+@dataclass(frozen=True)
+class TimeRecord:
+    """A recurrent layer along its `steps`, at most 64 of them evenly picked, the first and the last among them.
+
+    `signal` is the second moment of its output at each step, `gradient` the squared norm that a N(0, 1) cotangent at the last
+    step's output has at each step's input (Pascanu et al. 2013, eq. 5).
+    """
+
+    node: str
+    steps: int
+    signal: tuple[float, ...]
+    gradient: tuple[float, ...]
+
+    @property
+    def gradient_rate(self) -> float | None:
+        """The factor by which the gradient's squared norm changes for each step back; None where it is zero at an end."""
+        first, last = self.gradient[0], self.gradient[-1]
+        return (first / last) ** (1 / (self.steps - 1)) if first > 0 and last > 0 else None
 
 
 @dataclass(frozen=True)
@@ -156,3 +194,5 @@ class Trace:
     unknown: Mapping[str, str] = field(default_factory=dict)
     gram: GramRecord | None = None
     virtual_steps: int = 0
+    time: tuple[TimeRecord, ...] = ()
+    measures: Measures | None = None
