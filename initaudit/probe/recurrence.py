@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from initaudit.graph.calls import role_of, signal_inputs
+from initaudit.graph.calls import arguments, role_of, signal_inputs
 from initaudit.probe.axes import first_tensor
 from initaudit.probe.passes import Observer, Pass
 from initaudit.probe.trace import TimeRecord
@@ -27,26 +27,22 @@ class TimeObserver(Observer):
         return False
 
     def signal(self, run: Pass, node: fx.Node, value: Tensor) -> None:
-        """Measures a recurrent layer whose examples are known."""
-        axes = run.axes[node]
-        if role_of(node).kind != "recurrent" or axes.batch is None or value.dim() < 3:
+        """Measures a recurrent layer."""
+        if role_of(node).kind != "recurrent" or value.dim() < 3:
             return
         source = next((n for n in signal_inputs(node) if n not in run.constant), None)
         given = run.env.get(source) if source is not None else None
         if source is None or not isinstance(given, Tensor) or given.dim() != 3 or not given.is_floating_point():
             return
-        # Sequences stand before or behind the examples, in the input as in the output.
-        if run.axes[source].batch not in (0, 1):
+        # aten says `batch_first`, ONNX `layout`; both begin with the sequence where they do not say so.
+        bound = arguments(node)
+        along = 1 if bound.get("batch_first") or bound.get("layout") else 0
+        if value.shape[along] != given.shape[along] or value.shape[along] < 2:
             return
-        along = 1 - (run.axes[source].batch or 0)
-        steps = given.shape[along]
-        out = next((i for i in range(value.dim() - 1) if i != axes.batch and value.shape[i] == steps), None)
-        if out is None or steps < 2:
-            return
-        gradient = self._gradient(run, node, source, given, out)
+        gradient = self._gradient(run, node, source, given, along)
         if gradient is None:
             return
-        others = [i for i in range(value.dim()) if i != out]
+        others = [i for i in range(value.dim()) if i != along]
         signal = value.detach().double().square().mean(others)
         steep = gradient.double().square().sum([i for i in range(3) if i != along])
         keep = torch.linspace(0, len(signal) - 1, min(_STEPS, len(signal))).round().long()
@@ -54,7 +50,7 @@ class TimeObserver(Observer):
             TimeRecord(node.name, len(signal), tuple(signal.cpu()[keep].tolist()), tuple(steep.cpu()[keep].tolist()))
         )
 
-    def _gradient(self, run: Pass, node: fx.Node, source: fx.Node, given: Tensor, out: int) -> Tensor | None:
+    def _gradient(self, run: Pass, node: fx.Node, source: fx.Node, given: Tensor, along: int) -> Tensor | None:
         leaf = given.detach().clone().requires_grad_(True)
 
         def load(a: fx.Node) -> Any:
@@ -66,7 +62,7 @@ class TimeObserver(Observer):
             result = first_tensor(node.target(*args, **kwargs))  # type: ignore[operator]
             if result is None or not result.requires_grad:
                 return None
-            last = result.select(out, result.shape[out] - 1)
+            last = result.select(along, result.shape[along] - 1)
             drawn = torch.randn(last.shape, generator=self.generator).to(last.device)
             (gradient,) = torch.autograd.grad(last, leaf, drawn)
         return gradient
