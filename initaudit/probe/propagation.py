@@ -21,13 +21,18 @@ from initaudit.graph.constness import constant_nodes
 from initaudit.graph.graph import Graph, shape_of
 from initaudit.pair.cluster import written_normalization
 from initaudit.pair.evaluate import ConstantReader, run
-from initaudit.probe import fields
+from initaudit.probe import fields, mixing
 from initaudit.probe.activations import Activation, find_activations
 from initaudit.probe.fields import NONE, Draws, Field, draws
+from initaudit.probe.mixing import MASK, NoFormula
 
-# Scores are lowered by at least this where a mask shuts them out; the lowest float16 is -65504.
-_MASK = -1e4
 _EPS = 1e-5
+_MIXING = {
+    "softmax": mixing.softmax,
+    "attention": mixing.attention,
+    "pooling": mixing.pooling,
+    "reduction": mixing.reduction,
+}
 _STATISTICS = ("running_mean", "running_var", "input_mean", "input_var", "mean", "var")  # as aten and ONNX call them
 
 
@@ -45,13 +50,9 @@ class Prediction:
         return len(self.fields) / total if total else 0.0
 
 
-class _NoFormula(Exception):
-    """Says why a node's moments are not predicted."""
-
-
 def propagate(graph: Graph) -> Prediction:
     """Predicts the field at every data node of `graph`; nothing but constants is evaluated."""
-    return _Walk(graph).prediction()
+    return Walk(graph).prediction()
 
 
 def _is_softmax(node: fx.Node) -> bool:
@@ -65,7 +66,9 @@ def _is_softmax(node: fx.Node) -> bool:
 _FAILURES = (InitauditError, RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AssertionError)
 
 
-class _Walk:
+class Walk:
+    """The fields found so far, in graph order."""
+
     def __init__(self, graph: Graph) -> None:
         self.graph, self.constant = graph, constant_nodes(graph.fx)
         self.constants = ConstantReader(graph)
@@ -92,7 +95,7 @@ class _Walk:
                 continue
             try:
                 self.found[node] = self._written(node, *written[node]) if node in written else self._field(node)
-            except _NoFormula as reason:
+            except NoFormula as reason:
                 self.lost[node] = str(reason)
             except _FAILURES as error:
                 self.lost[node] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
@@ -110,7 +113,8 @@ class _Walk:
                     found[norm.node] = (node, norm.name)
         return found
 
-    def _of(self, node: Any) -> Field:
+    def of(self, node: Any) -> Field:
+        """The field of a signal or of a constant that is added to one; raises NoFormula where there is none."""
         if isinstance(node, fx.Node) and node in self.found:
             return self.found[node]
         if isinstance(node, fx.Node) and node in self.constant:
@@ -118,18 +122,18 @@ class _Walk:
             return Field(d.mean, d.moment2, d.moment2, d.mean**2)
         name = node.name if isinstance(node, fx.Node) else str(node)
         reason = self.lost.get(node) if isinstance(node, fx.Node) else None
-        raise _NoFormula(reason if reason is not None and reason.startswith("downstream") else f"downstream of {name}")
+        raise NoFormula(reason if reason is not None and reason.startswith("downstream") else f"downstream of {name}")
 
     def _draws(self, node: fx.Node) -> Draws:
         if node not in self.moments:
             value = self.constants.value(node)
             if not isinstance(value, Tensor) or not value.is_floating_point():
-                raise _NoFormula(f"{node.name} is no tensor of numbers")
+                raise NoFormula(f"{node.name} is no tensor of numbers")
             self.moments[node] = draws(value)
         return self.moments[node]
 
     def _written(self, node: fx.Node, source: fx.Node, name: str) -> Field:
-        return fields.per_place_norm(self._of(source), 0.0, centred=name == "layer_norm")
+        return fields.per_place_norm(self.of(source), 0.0, centred=name == "layer_norm")
 
     def _field(self, node: fx.Node) -> Field:
         if node.op == "placeholder":
@@ -137,21 +141,30 @@ class _Walk:
         kind = role_of(node).kind
         if node in self.roots and kind == "pointwise":
             return self._activation(node)
-        handler = getattr(self, f"_{kind}", None)
-        if handler is None:
-            raise _NoFormula(f"no formula for {role_of(node).name or kind}")
-        result: Field = handler(node)
-        return result
+        if kind in _MIXING:
+            return _MIXING[kind](self, node)
+        own = {
+            "pointwise": self._pointwise,
+            "passthrough": self._passthrough,
+            "merge": self._merge,
+            "contraction": self._contraction,
+            "normalization": self._normalization,
+            "embedding": self._embedding,
+        }
+        if kind not in own:
+            raise NoFormula(f"no formula for {role_of(node).name or kind}")
+        return own[kind](node)
 
-    def _single(self, node: fx.Node) -> fx.Node:
+    def single(self, node: fx.Node) -> fx.Node:
+        """The one signal that `node` reads; raises NoFormula for several."""
         sources = [n for n in dict.fromkeys(signal_inputs(node)) if n not in self.constant]
         if len(sources) != 1:
-            raise _NoFormula(f"{role_of(node).name} of {len(sources)} signals has no formula")
+            raise NoFormula(f"{role_of(node).name} of {len(sources)} signals has no formula")
         return sources[0]
 
     def _activation(self, node: fx.Node) -> Field:
         root, nodes = self.roots[node], self.parts[node]
-        field = self._of(root)
+        field = self.of(root)
         wide = [a for n in nodes for a in n.all_input_nodes if a in self.constant and (self.constants.size(a) or 0) > 1]
         if wide:
             return self._with_constant(node)
@@ -161,21 +174,21 @@ class _Walk:
 
         found = fields.pointwise(field, phi)
         if found is None:
-            raise _NoFormula(f"{role_of(node).name} is not finite over the law of its input")
+            raise NoFormula(f"{role_of(node).name} is not finite over the law of its input")
         return replace(found, keys=field.keys)
 
     def _pointwise(self, node: fx.Node) -> Field:
         sources = [n for n in signal_inputs(node) if n not in self.constant]
         name = role_of(node).name.lower()
         if len(sources) == 2 and sources[0] is not sources[1]:
-            a, b = self._of(sources[0]), self._of(sources[1])
+            a, b = self.of(sources[0]), self.of(sources[1])
             if name in ("add", "sum"):
                 return fields.plus(a, b)
             if name in ("sub", "subtract"):
                 return fields.plus(a, b, -1.0)
             if name in ("mul", "multiply"):
                 return fields.times(a, b)
-        raise _NoFormula(f"no formula for {name} of {len(sources)} signals")
+        raise NoFormula(f"no formula for {name} of {len(sources)} signals")
 
     def _with_constant(self, node: fx.Node) -> Field:
         """A sum, difference or product with a tensor of constants."""
@@ -183,28 +196,28 @@ class _Walk:
         operands = [a for a in node.all_input_nodes if a not in self.constant]
         others = [a for a in node.all_input_nodes if a in self.constant]
         if len(operands) != 1 or len(others) != 1 or name not in ("add", "sub", "mul", "multiply", "subtract", "div"):
-            raise _NoFormula(f"no formula for {name} with a tensor of constants")
-        x, other = self._of(operands[0]), others[0]
+            raise NoFormula(f"no formula for {name} with a tensor of constants")
+        x, other = self.of(operands[0]), others[0]
         value = self.constants.value(other)
         if name in ("mul", "multiply", "div"):
             d = self._draws(other) if name != "div" else draws(1 / value.double())
             return x.scaled(d.mean, d.moment2)
-        if float(value.double().min()) < _MASK:
+        if float(value.double().min()) < MASK:
             # A mask: it opens as many entries a row as are not lowered.
-            opened = (value > _MASK).double().sum(-1).clamp_min(1)
+            opened = (value > MASK).double().sum(-1).clamp_min(1)
             return replace(x, keys=float((1 / opened).mean()))
         return fields.plus(x, self._constant_field(value, node), 1.0 if name == "add" else -1.0)
 
     def _constant_field(self, value: Tensor, node: fx.Node) -> Field:
         """What a constant adds: the same to all examples; to all positions too where it varies along units alone."""
         d = draws(value)
-        unit = self._unit_axis(node)
+        unit = self.unit_axis(node)
         shape = shape_of(node) or ()
         axes = [i + len(shape) - value.dim() for i, n in enumerate(value.shape) if n > 1]
         along = d.moment2 if all(a == unit for a in axes) else d.mean**2
         return Field(d.mean, d.moment2, d.moment2, along)
 
-    def _unit_axis(self, node: fx.Node) -> int:
+    def unit_axis(self, node: fx.Node) -> int:
         """Images carry their units on axis 1, everything else on the last one."""
         shape = shape_of(node) or ()
         return 1 if len(shape) in (4, 5) else len(shape) - 1
@@ -212,8 +225,8 @@ class _Walk:
     def _passthrough(self, node: fx.Node) -> Field:
         sources = [n for n in signal_inputs(node) if n not in self.constant]
         if not sources:
-            raise _NoFormula("nothing but constants")
-        x, name = self._of(sources[0]), role_of(node).name.lower()
+            raise NoFormula("nothing but constants")
+        x, name = self.of(sources[0]), role_of(node).name.lower()
         before, after = shape_of(sources[0]), shape_of(node)
         if "pad" in name and before and after and math.prod(after):
             kept = math.prod(before) / math.prod(after)
@@ -224,12 +237,12 @@ class _Walk:
 
     def _merge(self, node: fx.Node) -> Field:
         if role_of(node).name != "concat" and role_of(node).name:
-            raise _NoFormula(f"no formula for {role_of(node).name}")
+            raise NoFormula(f"no formula for {role_of(node).name}")
         sources = signal_inputs(node)
-        parts = [(self._of(s), math.prod(shape_of(s) or (1,))) for s in sources]
+        parts = [(self.of(s), math.prod(shape_of(s) or (1,))) for s in sources]
         total = sum(size for _, size in parts)
         if not total:
-            raise _NoFormula("nothing is joined")
+            raise NoFormula("nothing is joined")
 
         def mixed(name: str) -> float:
             return sum(float(getattr(f, name)) * size for f, size in parts) / total
@@ -239,17 +252,17 @@ class _Walk:
     def _contraction(self, node: fx.Node) -> Field:
         uses = weight_uses(node, self.constant)
         if len(uses) != 1:
-            return self._product(node)
+            return mixing.product(self, node)
         use = uses[0]
         source = next(n for n in signal_inputs(node) if n is not use.weight)
         shape = self._shape(use.weight)
         if len(use.use.axes) != len(shape) or "n" in use.use.axes:
-            raise _NoFormula("a weight of another layout")
+            raise NoFormula("a weight of another layout")
         bias = arguments(node).get(use.use.bias) if use.use.bias is not None else None
         offset = self._draws(bias) if isinstance(bias, fx.Node) else NONE
         fan_in = use.use.fans(shape)[0] * use.use.overlap
         share = self._share(node, source, use, shape)
-        return fields.contraction(self._of(source), fan_in, self._draws(use.weight), offset, share)
+        return fields.contraction(self.of(source), fan_in, self._draws(use.weight), offset, share)
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
         known = shape_of(node)
@@ -274,68 +287,6 @@ class _Walk:
         with torch.no_grad():
             return float(node.target(*args, **kwargs).mean())  # type: ignore[operator]
 
-    def _product(self, node: fx.Node) -> Field:
-        """A product of two signals over one axis: scores, or a softmax's rows times values."""
-        sources = [n for n in signal_inputs(node) if n not in self.constant]
-        if len(sources) != 2:
-            raise _NoFormula("a contraction without one weight has no formula")
-        first, second = shape_of(sources[0]), shape_of(sources[1])
-        if first is None or second is None or not first or first[-1] != second[max(len(second) - 2, 0)]:
-            raise _NoFormula("a product over another axis than the last has no formula")
-        a, b, n = self._of(sources[0]), self._of(sources[1]), first[-1]
-        if a.keys is not None:
-            # Rows that add up to 1 average the values.
-            own = min(1.0, n * a.moment2)
-            joint = min(b.across, b.along)
-            shared = b.along + (b.moment2 - b.along) / n
-            return Field(b.mean, b.along + (b.moment2 - b.along) * own, joint + (b.across - joint) * own, shared, True)
-        mean = n * a.mean * b.mean
-        rest = n * (n - 1) * (a.mean * b.mean) ** 2
-        made = (n * a.moment2 * b.moment2 + rest, n * a.across * b.across + rest, n * a.along * b.along + rest)
-        return Field(mean, *made, True)
-
-    def _softmax(self, node: fx.Node) -> Field:
-        source, shape = self._single(node), shape_of(node)
-        if "log" in role_of(node).name.lower() or shape is None:
-            raise _NoFormula("no formula for log_softmax")
-        axis = arguments(node).get("dim", arguments(node).get("axis", -1))
-        x, n = self._of(source), shape[axis if isinstance(axis, int) else -1]
-        keys = x.keys if x.keys is not None else 1 / n
-        # The second moment of a log-normal share, up to one-hot.
-        own = min(1.0, keys * math.exp(min(max(x.moment2 - x.along, 0.0), 50.0)))
-        base = keys / n
-        return Field(1 / n, own / n, max(base, n**-2.0), n**-2.0, True, keys=keys)
-
-    def _attention(self, node: fx.Node) -> Field:
-        bound, names = arguments(node), role_of(node).data[:3]
-        if len(names) < 3:
-            raise _NoFormula("no formula for a packed attention")
-        q, k, v = (bound.get(name) for name in names)
-        shape = shape_of(k) if isinstance(k, fx.Node) else None
-        if shape is None or len(shape) < 3:
-            raise _NoFormula("an attention of unknown shape")
-        length, width = shape[-2], shape[-1]
-        scale = bound.get("scale")
-        keys, pairs = self._keys(bound, length)
-        factor = float(scale) if isinstance(scale, (int, float)) else width**-0.5
-        return fields.attention(self._of(q), self._of(k), self._of(v), width, factor, keys, pairs)
-
-    def _keys(self, bound: Mapping[str, Any], length: int) -> tuple[float, float]:
-        """The mean Σp² of a uniform row, and the overlap Σp p' of two rows, under the mask."""
-        opened = torch.ones(length, length, dtype=torch.float64)
-        mask = bound.get("attn_mask")
-        if bound.get("is_causal"):
-            opened = opened.tril()
-        elif isinstance(mask, fx.Node) and mask in self.constant:
-            value = self.constants.value(mask)
-            allowed = value if value.dtype == torch.bool else value > _MASK
-            opened = allowed.reshape(-1, allowed.shape[-2], allowed.shape[-1])[0].double()
-        rows = opened / opened.sum(1, keepdim=True).clamp_min(1)
-        gram = rows @ rows.T
-        own = float(gram.diagonal().mean())
-        count = len(gram)
-        return own, float((gram.sum() - gram.diagonal().sum()) / max(count * (count - 1), 1))
-
     def _normalization(self, node: fx.Node) -> Field:
         name, bound = role_of(node).name, arguments(node)
         eps = next((float(bound[k]) for k in ("eps", "epsilon") if isinstance(bound.get(k), (int, float))), _EPS)
@@ -345,24 +296,24 @@ class _Walk:
         elif name == "batch_norm":
             x = self._batch_norm(node, bound, eps)
         elif name in ("group_norm", "instance_norm"):
-            source = self._single(node)
+            source = self.single(node)
             shape = shape_of(source) or ()
             groups = bound.get("num_groups")
             units = shape[1] / groups if isinstance(groups, int) and len(shape) > 1 else 1.0
-            x = fields.group_norm(self._of(source), eps, units if name == "group_norm" else 1.0)
+            x = fields.group_norm(self.of(source), eps, units if name == "group_norm" else 1.0)
         else:
-            raise _NoFormula(f"no formula for {name}")
+            raise NoFormula(f"no formula for {name}")
         return fields.affine(x, weight, bias)
 
     def _place(self, node: fx.Node, eps: float, *, centred: bool) -> Field:
-        source = self._single(node)
+        source = self.single(node)
         if source not in self.found:
             # Whatever came in leaves with unit variance; how alike examples are is not known.
             return Field(0.0, 1.0, 0.0, 0.0, True)
-        return fields.per_place_norm(self._of(source), eps, centred=centred)
+        return fields.per_place_norm(self.of(source), eps, centred=centred)
 
     def _batch_norm(self, node: fx.Node, bound: Mapping[str, Any], eps: float) -> Field:
-        x = self._of(self._single(node))
+        x = self.of(self.single(node))
         held = [n for k in _STATISTICS if isinstance(n := bound.get(k), fx.Node)]
         flags = [bound.get(k) for k in ("training", "use_input_stats", "training_mode") if k in bound]
         if any(flags) or len(held) != 2:
@@ -377,50 +328,10 @@ class _Walk:
         node = next((bound[k] for k in names if isinstance(bound.get(k), fx.Node)), None)
         return self._draws(node) if node is not None else None
 
-    def _pooling(self, node: fx.Node) -> Field:
-        source, name = self._single(node), getattr(node.target, "__name__", "").lower()
-        before, after = shape_of(source), shape_of(node)
-        if before is None or after is None:
-            raise _NoFormula("pooling of unknown shape")
-        kernel = arguments(node).get("kernel_size", arguments(node).get("kernel_shape"))
-        covered = math.prod(before[2:]) / max(math.prod(after[2:]), 1)
-        window = covered
-        if "adaptive" not in name and isinstance(kernel, (list, tuple)) and all(isinstance(n, int) for n in kernel):
-            window = float(math.prod(kernel) if len(kernel) > 1 else kernel[0] ** (len(before) - 2))
-        x = self._of(source)
-        if "lp" in name or "unpool" in name:
-            raise _NoFormula(f"no formula for {name}")
-        if "max" in name:
-            root = self.roots.get(source)
-            nodes = self.parts.get(source, ())
-            held = self.found.get(root) if root is not None else None
-
-            def phi(z: Tensor) -> Tensor:
-                return run(nodes, root, z, self.constants)[source]  # type: ignore[arg-type, no-any-return]
-
-            return fields.largest(x, max(1, round(window)), phi if held is not None else None, held)
-        return fields.averaged(x, window)
-
-    def _reduction(self, node: fx.Node) -> Field:
-        source, name = self._single(node), role_of(node).name.lower()
-        before, after = shape_of(source), shape_of(node)
-        if name not in ("mean", "sum", "reduce_mean", "reduce_sum") or before is None or after is None:
-            raise _NoFormula(f"no formula for {name}")
-        count = math.prod(before) / max(math.prod(after), 1)
-        unit = self._unit_axis(source)
-        dims = arguments(node).get("dim", arguments(node).get("axes"))
-        reduced = [dims] if isinstance(dims, int) else dims if isinstance(dims, (list, tuple)) else None
-        if reduced is None or not all(isinstance(d, int) for d in reduced):
-            raise _NoFormula(f"{name} over unknown axes")
-        if unit in [d % len(before) for d in reduced]:
-            raise _NoFormula(f"no formula for {name} over units")
-        x = fields.averaged(self._of(source), count)
-        return x if "mean" in name else x.scaled(count)
-
     def _embedding(self, node: fx.Node) -> Field:
         uses = weight_uses(node, self.constant)
         if len(uses) != 1:
-            raise _NoFormula("an embedding without a table")
+            raise NoFormula("an embedding without a table")
         table, rows = self._draws(uses[0].weight), self._shape(uses[0].weight)[0]
         index = [n for n in node.all_input_nodes if n is not uses[0].weight]
         same = table.moment2 / rows + table.mean**2 * (1 - 1 / rows)
