@@ -165,15 +165,17 @@ def config(ctx: click.Context, /, **_: Any) -> None:
 @click.pass_context
 def compare(ctx: click.Context, /, first: str, second: str, form: str, **_: Any) -> None:
     """Show what differs between two models. Status 1 where SECOND has findings at the failing level that FIRST has not."""
+    import dataclasses
+
     from initaudit.report.as_json import dump
     from initaudit.report.comparison import compare_models, comparison_dict, comparison_text
     from initaudit.session import FINDINGS, UNUSABLE
 
     found = config_from(ctx)
-    report = _audit((first, second), found)
-    if any(model.error is not None for model in report.models):
+    models = (*_audit((first,), found).models, *_audit((second,), dataclasses.replace(found, base=first)).models)
+    if any(model.error is not None for model in models):
         ctx.exit(UNUSABLE)
-    result = compare_models(*report.models)
+    result = compare_models(*models)
     style = _style()
     _print(dump(comparison_dict(result), indent=2) if form == "json" else style.finish(comparison_text(result, style)))
     ctx.exit(FINDINGS if any(f.severity in found.failing for f in result.appeared) else 0)

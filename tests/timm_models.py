@@ -57,7 +57,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def import_timm() -> types.ModuleType | None:
     """timm, or None where it is not installed."""
-    if importlib.util.find_spec("timm") is None:
+    if importlib.util.find_spec("timm") is None or importlib.util.find_spec("PIL") is None:
         return None
     if importlib.util.find_spec("torchvision") is not None or "timm" in sys.modules:
         import timm

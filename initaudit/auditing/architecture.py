@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from initaudit.errors import UnreadableModel, UsageError
 from initaudit.load import from_module
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.module import build_spec
+from initaudit.load.names import matched
 from initaudit.load.spans import reason, show
 from initaudit.load.unwrap import unwrap
 
@@ -123,7 +124,7 @@ def _sizes(module: nn.Module, arrays: Mapping[str, Array]) -> dict[str, int]:
     """Classes and channels of the file where they are not those that the model was built with."""
     config = getattr(module, "pretrained_cfg", None) or {}
     state = module.state_dict(keep_vars=True)
-    names, _ = _matched(state, arrays)
+    names, _ = matched(state, arrays)
     found: dict[str, int] = {}
     for key, option, axis in (("classifier", "num_classes", 0), ("first_conv", "in_chans", 1)):
         layer = config.get(key)
@@ -138,39 +139,11 @@ def _sizes(module: nn.Module, arrays: Mapping[str, Array]) -> dict[str, int]:
     return found
 
 
-def _matched(own: Iterable[str], theirs: Iterable[str]) -> tuple[dict[str, str], str]:
-    """Which name of the file each name of the module is, and the prefix that one of the two has before all of them."""
-    mine, given = list(own), list(theirs)
-    best: tuple[int, dict[str, str], str] = (-1, {}, "")
-    known = set(given)
-    for inside in _prefixes(given):
-        for outside in _prefixes(mine) if not inside else [""]:
-            found = {
-                name: inside + name.removeprefix(outside)
-                for name in mine
-                if name.startswith(outside) and inside + name.removeprefix(outside) in known
-            }
-            if len(found) > best[0]:
-                best = (len(found), found, inside or outside)
-    return best[1], best[2]
-
-
-def _prefixes(names: list[str]) -> list[str]:
-    """The dotted beginnings that stand before many of the names, the empty one first."""
-    counts: dict[str, int] = {}
-    for name in names:
-        parts = name.split(".")
-        for length in range(1, min(len(parts), 4)):
-            beginning = ".".join(parts[:length]) + "."
-            counts[beginning] = counts.get(beginning, 0) + 1
-    return ["", *(beginning for beginning, count in counts.items() if 2 * count > len(names))]
-
-
 def attach(checkpoint: Checkpoint, module: nn.Module, label: str) -> Checkpoint:
     """`checkpoint` with `module` as its program, the file's arrays as the module's parameters under the module's names."""
     module, _ = unwrap(module)
     state = module.state_dict(keep_vars=True)
-    names, prefix = _matched(state, checkpoint.arrays)
+    names, prefix = matched(state, checkpoint.arrays)
     where = checkpoint.source
     if not names:
         example = f"{show(next(iter(checkpoint.arrays), 'no tensor'))} against {show(next(iter(state), 'no parameter'))}"

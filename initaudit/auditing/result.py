@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from initaudit.auditing.gains import Gains
+from initaudit.measure.against import KINDS
 from initaudit.measure.moments import Moments
 from initaudit.report.report import Activation, Layer, ModelReport, Verdict
 from initaudit.rules.evidence import Evidence, LayerEvidence
@@ -33,9 +34,25 @@ def model_report(evidence: Evidence, findings: Sequence[Finding]) -> ModelReport
         layers=tuple(_layer(evidence, layer) for layer in evidence.layers),
         findings=tuple(findings),
         depth=tuple(_depth(layer) for layer in evidence.layers) if evidence.trace is not None else (),
-        notes=(*evidence.checkpoint.notes, *graph_notes),
+        notes=(*_against(evidence), *evidence.checkpoint.notes, *graph_notes),
+        changes=_changes(evidence),
         cause=risk.cause if risk is not None else "",
     )
+
+
+def _changes(evidence: Evidence) -> dict[str, tuple[str, ...]]:
+    if evidence.base is None:
+        return {}
+    found = {kind: tuple(c.tensor for c in evidence.base.of(kind)) for kind in KINDS}
+    return {kind: tensors for kind, tensors in found.items() if tensors}
+
+
+def _against(evidence: Evidence) -> tuple[str, ...]:
+    if evidence.base is None:
+        return ()
+    counts = ", ".join(f"{len(tensors)} {kind}" for kind, tensors in _changes(evidence).items())
+    prefix = f"; prefix '{evidence.base.prefix}' matched" if evidence.base.prefix else ""
+    return (f"against {evidence.base.source}: {counts or 'no tensor in common'}{prefix}",)
 
 
 def verdict_of(findings: Sequence[Finding]) -> Verdict:

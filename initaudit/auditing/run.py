@@ -130,6 +130,12 @@ def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, pro
         progress("building the architecture")
         checkpoint = in_architecture(checkpoint, config.arch)
     evidence = gather(checkpoint, config, inputs=inputs, progress=progress)
+    if config.base is not None:
+        from initaudit.measure.against import against
+
+        progress("comparing with the base")
+        found = against(evidence.checkpoint.arrays, load(config.base).arrays, config.base)
+        evidence = dataclasses.replace(evidence, base=found)
     progress("judging")
     return model_report(evidence, findings_of(evidence))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from initaudit.report.as_json import finding_dict
 from initaudit.report.report import ModelReport
-from initaudit.report.style import Style, escape, number, shorten
+from initaudit.report.style import Style, escape, number, shorten, wrap
 from initaudit.report.summary import counts, risk
 from initaudit.rules.rule import Finding
 
+SHOWN = 6  # tensors of a kind that are named
 NOTABLE = 0.1  # a change of a standard deviation by less than a tenth is not shown
 
 
@@ -68,10 +70,21 @@ def comparison_dict(result: Comparison) -> dict[str, Any]:
         "second": {"source": result.second.source, "verdict": result.second.verdict},
         "appeared": [finding_dict(finding) for finding in result.appeared],
         "gone": [finding_dict(finding) for finding in result.gone],
+        "tensors": {kind: list(tensors) for kind, tensors in result.second.changes.items()},
         "changed": [{"tensor": tensor, "first_std": a, "second_std": b} for tensor, a, b in result.changed],
         "only_first": list(result.only_first),
         "only_second": list(result.only_second),
     }
+
+
+def _tensors(model: ModelReport, style: Style) -> Iterator[str]:
+    """How many tensors are identical, trained on and so on; those by name that are neither of these two."""
+    for kind, tensors in model.changes.items():
+        yield shorten(f"{len(tensors):>7} {'tensor' if len(tensors) == 1 else 'tensors'} {kind}", style.width)
+        if kind not in ("identical", "trained on"):
+            shown = [escape(tensor) for tensor in tensors[:SHOWN]]
+            more = f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else ""
+            yield wrap(", ".join(shown) + more, style.width, "          ")
 
 
 def comparison_text(result: Comparison, style: Style) -> str:
@@ -80,6 +93,7 @@ def comparison_text(result: Comparison, style: Style) -> str:
     for label, model in (("first", result.first), ("second", result.second)):
         facts = f"{model.verdict}, {counts(model.findings)}" + (f"; risk: {risk(model)}" if risk(model) else "")
         lines.append(shorten(f"{label:<7} {shorten(escape(model.source), 40)}  {facts}", style.width))
+    lines += list(_tensors(result.second, style))
     for sign, findings in (("+", result.appeared), ("-", result.gone)):
         for finding in findings:
             text = shorten(f"{finding.code} {finding.name}  {escape(finding.tensor)}", style.width - 12)
@@ -89,6 +103,6 @@ def comparison_text(result: Comparison, style: Style) -> str:
         lines.append(f"  {shorten(escape(tensor), style.width - len(ratio) - 10)}  std {ratio}")
     for label, names in (("only in the first", result.only_first), ("only in the second", result.only_second)):
         lines += [shorten(f"  {label}: {escape(name)}", style.width) for name in names]
-    if len(lines) == 2:
+    if not (result.appeared or result.gone or result.changed or result.only_first or result.only_second):
         lines.append("no finding came or went, and no weight changed its spread by a tenth")
     return "\n".join(lines)

@@ -52,7 +52,8 @@ class ModelReport:
     """One audited model, or one that could not be read (`error` is then its line and everything else is empty).
 
     `risk` has the keys symmetry, vanishing, exploding (0..1) and untrainable (a mapping with sgd and adam). `depth` is the
-    second moment of the signal and of its gradient at each weight in forward order (None where no probe ran).
+    second moment of the signal and of its gradient at each weight in forward order (None where no probe ran). `changes` holds
+    the tensors by what became of them against the base ("identical", "trained on", ...), where one was given.
     """
 
     source: str
@@ -66,6 +67,7 @@ class ModelReport:
     notes: tuple[str, ...] = ()
     cause: str = ""
     error: str | None = None
+    changes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from initaudit.expect.gain import Gain
     from initaudit.expect.recognise import Recognition
     from initaudit.graph.graph import Graph
+    from initaudit.measure.against import Against
     from initaudit.pair.records import Feeds, Pair
     from initaudit.probe.trace import Trace, WeightRecord
     from initaudit.probe.verdict import Risk
@@ -61,8 +62,9 @@ class LayerEvidence:
 class Evidence:
     """The evidence about one model.
 
-    `layers` are in forward order. `tensors` holds the moments of every floating-point tensor of the checkpoint by
-    name. `graph`, `trace` and `risk` are None where there is no program, or no probe: `no_probe` then says why.
+    `layers` are in forward order. `tensors` holds the moments of every floating-point tensor of the checkpoint by name.
+    `graph`, `trace` and `risk` are None where there is no program, or no probe: `no_probe` then says why. `base` is what became
+    of the tensors of the checkpoint given by --base.
     """
 
     checkpoint: Checkpoint
@@ -74,6 +76,7 @@ class Evidence:
     trace: Trace | None = field(default=None, repr=False)
     risk: Risk | None = None
     no_probe: str = ""
+    base: Against | None = None
 
     def layer(self, tensor: str) -> LayerEvidence | None:
         """The first layer that uses a tensor of this name."""

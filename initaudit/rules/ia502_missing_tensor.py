@@ -8,7 +8,7 @@ from typing import Any
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import names
+from initaudit.rules.support import HEAD, names
 
 
 class MissingTensor(Rule):
@@ -42,6 +42,7 @@ class MissingTensor(Rule):
                     severity=problem.severity,
                     tensor=problem.tensor,
                 )
+        yield from self._against_base(evidence)
         onnx = evidence.checkpoint.format == "onnx"
         used = {c for x in evidence.layers for c in x.pair.constants}
         empty = [
@@ -60,6 +61,35 @@ class MissingTensor(Rule):
                 measured=0.0,
                 related=tuple(empty[1:]),
             )
+
+    def _against_base(self, evidence: Evidence) -> Iterator[Finding]:
+        """What the base has and this has not, the other way round, and what changed its shape; heads are another task's."""
+        base = evidence.base
+        if base is None:
+            return
+        if not base.of("identical", "trained on", "newly initialised", "reshaped"):
+            yield self.finding(
+                f"no tensor has a name that {base.source} has too: they are not one network, or this one holds an adapter",
+                "give the checkpoint that this one was tuned from",
+                severity="info",
+            )
+            return
+        for kind, says in (
+            ("missing", "the base has {}, which is missing here"),
+            ("unexpected", "{} is not in the base: added for the new task, or named otherwise"),
+            ("reshaped", "{} has another shape than in the base ({} there, {} here)"),
+        ):
+            found = base.of(kind)  # type: ignore[arg-type]
+            if found:
+                head = all(HEAD.search(c.tensor) for c in found)
+                shapes = found[0].shapes if found[0].shapes is not None else ((), ())
+                yield self.finding(
+                    says.format(names([c.tensor for c in found]), *("x".join(map(str, shape)) for shape in shapes)),
+                    "compare the names: model.load_state_dict(base, strict=True) lists them",
+                    severity="info" if head or kind == "unexpected" else "error" if kind == "missing" else "warning",
+                    tensor=found[0].tensor,
+                    related=tuple(c.tensor for c in found[1:]),
+                )
 
     @classmethod
     def valid(cls) -> tuple[Example, ...]:

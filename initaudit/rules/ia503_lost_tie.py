@@ -47,6 +47,19 @@ class LostTie(Rule):
         for problem in evidence.checkpoint.problems:
             if problem.code == self.code:
                 yield self.finding(problem.message, "tie the weights again: model.tie_weights()", tensor=problem.tensor)
+        for change in evidence.base.of("untied") if evidence.base is not None else ():
+            yield self.finding(
+                "this weight shares its values with another in the base and no longer does here: the tie was lost",
+                "tie the weights again: model.tie_weights()",
+                tensor=change.tensor,
+            )
+        for change in evidence.base.of("tied again") if evidence.base is not None else ():
+            yield self.finding(
+                "this weight is a parameter of its own in the base and is tied to another here: one of the two was dropped",
+                "untie them, or tune from a base that is tied",
+                severity="info",
+                tensor=change.tensor,
+            )
         yield from self._copies(evidence)
         found = _untied(evidence.checkpoint.program) or _in_folder(evidence)
         if found is not None:

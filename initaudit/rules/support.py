@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 # Standard errors beyond which a difference is not sampling: one in 2 million under a normal law, so that a network of ten
 # thousand tensors gives no false one.
 SIGMAS = 5.0
+# Words for the layers of a task, which fine-tuning draws anew on purpose; asked only where no graph says what makes the output.
+_WORDS = "head|heads|lm_head|classifier|cls|score|logits|fc|output|predictions?|pooler|decoder"
+HEAD = re.compile(rf"(^|[._])({_WORDS})([._](weight|bias|[0-9]+))*$", re.IGNORECASE)
 NORMS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "normalization")
 
 
