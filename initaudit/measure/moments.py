@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from initaudit.measure.blocks import BLOCK, ROW, Scratch, blocks
+from initaudit.measure.blocks import BLOCK, ROW, WINDOW, Scratch, blocks, extremes, forget
 
 ONES = np.ones(ROW, np.float32)
 # Values that the pilot mean is taken over; a block with fewer is summed in float64 throughout.
@@ -102,43 +102,73 @@ def merge(*parts: Moments) -> Moments:
 def measure(array: np.ndarray[Any, Any]) -> Moments:
     """The moments of `array`, of any shape and any real dtype of numpy or ml_dtypes; booleans count as 0 and 1.
 
-    No more than one block of 128K elements is copied at a time, so a `numpy.memmap` is read once from front to back.
-    Raises TypeError for complex numbers, strings and objects.
+    No more than one block of 128K elements is copied at a time, so a `numpy.memmap` is read once from front to back, and what
+    has been read is let go. Raises TypeError for complex numbers, strings and objects.
     """
     scratch = Scratch(min(array.size, BLOCK))
-    return merge(*(measure_block(block, scratch) for block in blocks(array)))
+    parts = []
+    for block in blocks(array):
+        tile = block.reshape(1, -1)
+        if tile.size:
+            values = scratch.widen(tile)
+            parts.append(measure_tile(values, tile.dtype, *extremes(tile, values), scratch))
+        if array.nbytes > WINDOW:
+            forget(block)
+    return merge(*parts)
 
 
-def measure_block(block: np.ndarray[Any, Any], scratch: Scratch) -> Moments:
-    """The moments of a one-dimensional `block` that is no longer than `scratch`."""
-    if block.size == 0:
-        return Moments()
-    return measure_values(scratch.widen(block), block.dtype, scratch)
+def measure_tile(
+    values: np.ndarray[Any, Any],
+    stored: np.dtype[Any],
+    low: float,
+    high: float,
+    scratch: Scratch,
+    sums: tuple[float, float] | None = None,
+) -> Moments:
+    """The moments of a tile (rows, columns) of `stored` type, in `values` as float32 or float64, with these `extremes`.
+
+    `sums` are the sums of float32 values and of their squares, where these are known already and stand in `scratch.square`.
+    """
+    if math.isfinite(low) and math.isfinite(high):
+        return _measure_finite(values, stored, low, high, scratch, sums)
+    finite = values[np.isfinite(values)].reshape(1, -1)
+    nan = int(np.count_nonzero(np.isnan(values)))
+    part = Moments()
+    if finite.size:
+        part = _measure_finite(finite, stored, float(finite.min()), float(finite.max()), scratch)
+    return replace(part, nan=nan, inf=values.size - finite.size - nan)
 
 
-def measure_values(values: np.ndarray[Any, Any], stored: np.dtype[Any], scratch: Scratch) -> Moments:
-    """The moments of float32 or float64 `values`; the pilot mean is rounded to `pilot_dtype`."""
-    low, high = float(values.min()), float(values.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        finite = values[np.isfinite(values)]
-        nan = int(np.count_nonzero(np.isnan(values)))
-        part = measure_values(finite, stored, scratch) if finite.size else Moments()
-        return replace(part, nan=nan, inf=values.size - finite.size - nan)
-    zeros = 0
-    if low <= 0 <= high:
-        zeros = int(np.count_nonzero(np.equal(values, 0, out=scratch.mask[: values.size])))
+def _measure_finite(
+    values: np.ndarray[Any, Any],
+    stored: np.dtype[Any],
+    low: float,
+    high: float,
+    scratch: Scratch,
+    sums: tuple[float, float] | None = None,
+) -> Moments:
     if low == high:
-        return Moments(values.size, low, 0.0, 0.0, 0.0, low, high, zeros)
-    with np.errstate(over="ignore"):
-        head = values[:PILOT]
-        average = min(max(float(np.add.reduce(head, dtype=np.float64)) / head.size, low), high)
+        return Moments(values.size, low, 0.0, 0.0, 0.0, low, high, values.size if low == 0 else 0)
+    average = sums[0] / values.size if sums is not None else _head_mean(values)
+    average = min(max(average, low), high)
     pilot = _on_grid(average, max(high - average, average - low), stored)
     reach = max(high - pilot, pilot - low)
+    holds_zero = low <= 0 <= high
     if values.dtype == np.float64 or values.size < PILOT or not SMALLEST_DEVIATION < reach < LARGEST_DEVIATION:
-        sums = _power_sums_float64(values, pilot, reach)
+        powers = _power_sums_float64(values.reshape(-1), pilot, reach)
     else:
-        sums = _power_sums_float32(values, pilot, scratch)
-    return Moments(*_central(values.size, pilot, *sums), low, high, zeros)
+        powers, least = _power_sums_float32(values, pilot, scratch, sums)
+        holds_zero &= least == 0 or pilot != 0
+    zeros = 0
+    if holds_zero:
+        zeros = int(np.count_nonzero(np.equal(values, 0, out=scratch.mask[: values.size].reshape(values.shape))))
+    return Moments(*_central(values.size, pilot, *powers), low, high, zeros)
+
+
+def _head_mean(values: np.ndarray[Any, Any]) -> float:
+    head = values.reshape(-1)[:PILOT] if values.flags.c_contiguous else values[0, :PILOT]
+    with np.errstate(over="ignore"):
+        return float(np.add.reduce(head, dtype=np.float64)) / head.size
 
 
 def _on_grid(average: float, reach: float, stored: np.dtype[Any]) -> float:
@@ -168,24 +198,43 @@ def _power_sums_float64(values: np.ndarray[Any, Any], pilot: float, reach: float
     return s1, s2, s3, s4
 
 
-def _power_sums_float32(values: np.ndarray[Any, Any], pilot: float, scratch: Scratch) -> tuple[float, float, float, float]:
-    """The same with products in float32, ROW of them to a sum, and the sums added in float64."""
-    d = values if pilot == 0 else np.subtract(values, np.float32(pilot), out=scratch.deviation[: values.size])
-    square = np.multiply(d, d, out=scratch.square[: values.size])
-    whole = values.size // ROW * ROW
-    total = np.zeros(4)
-    for start, stop, length in ((0, whole, ROW), (whole, values.size, values.size - whole)):
-        if stop == start:
-            continue
-        first, second = d[start:stop].reshape(-1, length), square[start:stop].reshape(-1, length)
-        rows = scratch.rows[:, : len(first)]
-        np.vecdot(first, ONES[:length], out=rows[0])
-        np.vecdot(first, first, out=rows[1])
-        np.vecdot(second, first, out=rows[2])
-        np.vecdot(second, second, out=rows[3])
-        total += np.add.reduce(rows, axis=1, dtype=np.float64)
-    s1, s2, s3, s4 = total.tolist()
-    return s1, s2, s3, s4
+def _power_sums_float32(
+    values: np.ndarray[Any, Any], pilot: float, scratch: Scratch, known: tuple[float, float] | None
+) -> tuple[tuple[float, float, float, float], float]:
+    """The same with products in float32, runs of them summed in float32 and these sums in float64; and the least square.
+
+    `known` are the first two sums about 0, whose squares then stand in `scratch.square`.
+    """
+    square = scratch.square[: values.size].reshape(values.shape)
+    d = values
+    if pilot != 0:
+        known = None
+        d = np.subtract(values, np.float32(pilot), out=scratch.deviation[: values.size].reshape(values.shape))
+    if known is None:
+        np.square(d, out=square)
+    s1, s2 = known if known is not None else (_sum_of_products(d, None), _sum_of_products(d, d))
+    powers = s1, s2, _sum_of_products(square, d), _sum_of_products(square, square)
+    return powers, float(square.min())
+
+
+def _sum_of_products(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any] | None) -> float:
+    """The sum of a*b over all elements (of a where b is None)."""
+    others = [None] * 2 if b is None else runs(b)
+    total = 0.0
+    for x, y in zip(runs(a), others, strict=False):
+        total += float(np.add.reduce(np.vecdot(x, ONES[: x.shape[-1]] if y is None else y), axis=None, dtype=np.float64))
+    return total
+
+
+def runs(values: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+    """`values` (rows, columns) as arrays whose last axis is short enough for a sum in float32 and long enough to be fast."""
+    rows, columns = values.shape
+    if columns < ROW // 4:
+        values = values.reshape(1, -1)
+        rows, columns = values.shape
+    whole = columns // ROW * ROW
+    parts = [values[:, :whole].reshape(rows, -1, ROW), values[:, whole:]]
+    return [part for part in parts if part.size]
 
 
 def _central(count: int, pilot: float, s1: float, s2: float, s3: float, s4: float) -> tuple[int, float, float, float, float]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from initaudit.measure.blocks import WINDOW, forget
 from initaudit.measure.moments import Moments, measure
-from initaudit.measure.units import UnitSums, as_matrix, measure_units
+from initaudit.measure.units import UnitSums, as_matrix, measure_matrix, measure_units
 
 Vector = np.ndarray[Any, Any]
 
@@ -51,13 +52,33 @@ def observe(array: np.ndarray[Any, Any], bits: int = 0) -> Observation:
 
     `bits` are those that each value was rounded to, as a share of the largest one; 0 where it was not.
     """
+    return survey(array, bits)[1]
+
+
+def survey(array: np.ndarray[Any, Any], bits: int = 0) -> tuple[Moments, Observation]:
+    """The moments of all values of `array` and its observation, of one pass; `bits` as for `observe`."""
     spacing = max(_SPACING.get(array.dtype.name, 0.0), 2 / (2**bits - 1) if bits else 0.0)
-    empty = np.zeros(0)
-    if array.ndim < 2 or array.shape[0] == 1 or array.size == 0 or as_matrix(array).shape[1] == 1:
-        moments = measure(array)
-        return Observation(array.shape, moments, None, _sample(array.reshape(-1), moments, False, bits), spacing)
     matrix = as_matrix(array)
-    moments, sums = measure_units(matrix)
+    if array.ndim < 2 or array.shape[0] == 1 or array.size == 0 or matrix.shape[1] == 1:
+        moments = measure(array)
+        sample = _sample(_gather(array.reshape(-1)), array.dtype, moments, False, bits)
+        return moments, Observation(array.shape, moments, None, sample, spacing)
+    moments, sums, picked = measure_matrix(matrix, _places(array.size))
+    seen = _observed(array, matrix, moments, sums, picked, spacing, bits)
+    forget(array)
+    return moments, seen
+
+
+def _observed(
+    array: np.ndarray[Any, Any],
+    matrix: np.ndarray[Any, Any],
+    moments: Moments,
+    sums: UnitSums,
+    picked: Vector,
+    spacing: float,
+    bits: int,
+) -> Observation:
+    empty = np.zeros(0)
     if moments.nan or moments.inf or moments.m2 == 0:
         return Observation(array.shape, moments, None, empty, spacing)
     structure, gain = _structure(array, matrix, moments, sums, spacing)
@@ -77,7 +98,7 @@ def observe(array: np.ndarray[Any, Any], bits: int = 0) -> Observation:
             row_sums=sums.row_sums[~zero],
             row_squares=sums.row_squares[~zero],
         )
-    sample = _sample(matrix, kept, dropped > 0, bits)
+    sample = _sample(picked, array.dtype, kept, dropped > 0, bits)
     block, largest, lags = _spectrum(matrix, np.flatnonzero(~zero), kept)
     return Observation(array.shape, kept, sums, sample, spacing, block, largest, lags, structure, gain, sparsity, zero_rows)
 
@@ -99,25 +120,32 @@ def _without_zeros(moments: Moments, dropped: int) -> Moments:
     return replace(moments, count=n, mean=mean, m2=m2, m3=m3, m4=m4, zeros=moments.zeros - dropped)
 
 
-def _gather(array: np.ndarray[Any, Any]) -> Vector:
-    """At most SAMPLE values as float64, one at random from each of as many equal stretches; always the same ones."""
-    if array.size <= SAMPLE:
-        return array.astype(np.float64).reshape(-1)
-    rng = np.random.default_rng(array.size)
-    places = ((np.arange(SAMPLE) + rng.random(SAMPLE)) * (array.size / SAMPLE)).astype(np.int64)
-    picked: Vector = array[np.unravel_index(np.minimum(places, array.size - 1), array.shape)].astype(np.float64)
-    return picked
+def _places(size: int) -> np.ndarray[Any, Any]:
+    """At most SAMPLE indices below `size`, one at random from each of as many equal stretches; always the same ones."""
+    if size <= SAMPLE:
+        return np.arange(size)
+    rng = np.random.default_rng(size)
+    return np.minimum(((np.arange(SAMPLE) + rng.random(SAMPLE)) * (size / SAMPLE)).astype(np.int64), size - 1)
 
 
-def _sample(array: np.ndarray[Any, Any], moments: Moments, drop_zeros: bool, bits: int = 0) -> Vector:
-    values = _gather(array)
+def _gather(line: np.ndarray[Any, Any]) -> Vector:
+    """The values of a vector at `_places`, as float64."""
+    picked = []
+    for places in np.array_split(_places(line.size), 16):
+        picked.append(line[places].astype(np.float64))
+        if line.nbytes > WINDOW:
+            forget(line)
+    return np.concatenate(picked)
+
+
+def _sample(values: Vector, dtype: np.dtype[Any], moments: Moments, drop_zeros: bool, bits: int) -> Vector:
     values = values[np.isfinite(values)]
     if drop_zeros:
         values = values[values != 0]
-    spacing = _SPACING.get(array.dtype.name)
+    spacing = _SPACING.get(dtype.name)
     if spacing is not None:
         exponent = np.frexp(np.abs(values))[1] - 1
-        if array.dtype.name == "float16":
+        if dtype.name == "float16":
             exponent = np.maximum(exponent, -14)
         step = np.ldexp(spacing, exponent)
         values = values + step * (np.random.default_rng(values.size).random(values.size) - 0.5)
