@@ -14,6 +14,7 @@ from torch import fx
 from initaudit.errors import InitauditError
 from initaudit.graph.calls import role_of, signal_inputs
 from initaudit.graph.graph import Constant, Graph
+from initaudit.onnx_ops import activation, registry
 
 _SMALL = 64  # elements: as many numbers as steer an operator at most
 
@@ -56,6 +57,13 @@ class MetaExecutor(Executor):
         if constant.dtype.is_floating_point and len(constant.shape) > 0 and target not in self._steering:
             return torch.empty(constant.shape, dtype=constant.dtype, device="meta")
         return constant.value()
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # torch's own rules for the shape of some activations import its compiler, which takes seconds.
+        alone = len(args) == 1 and isinstance(args[0], torch.Tensor) and args[0].is_meta and args[0].is_floating_point()
+        if alone and getattr(target, "__module__", "") == activation.__name__ and registry.role_of(target).kind == "pointwise":
+            return torch.empty_like(args[0])
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)

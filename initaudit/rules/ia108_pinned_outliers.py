@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from initaudit.measure.blocks import blocks
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import each, expression_of
@@ -94,11 +95,14 @@ def _pinned(layer: LayerEvidence) -> tuple[float, int, float] | None:
     largest = max(abs(moments.min), abs(moments.max))
     if not moments.m2 > 0 or moments.count < 1000 or not largest > 6 * moments.std:
         return None
-    values = np.abs(layer.read().astype(np.float32, copy=False)).ravel()
-    spread = float(np.median(values[:: max(1, values.size // _SAMPLE)])) / _NORMAL_MEDIAN
+    values = layer.read()
+    # A view: of a tensor of gigabytes no copy is made.
+    sample = values.reshape(-1)[:: max(1, values.size // _SAMPLE)] if values.flags.c_contiguous else values
+    spread = float(np.median(np.abs(sample.astype(np.float32, copy=False)))) / _NORMAL_MEDIAN
     if not spread > 0 or largest < _FAR * spread:
         return None
-    at = int(np.count_nonzero(values == np.float32(largest)))
+    bound = np.float32(largest)
+    at = sum(int(np.count_nonzero(np.abs(part.astype(np.float32, copy=False)) == bound)) for part in blocks(values))
     if at > _SHARE * values.size:
         return None
     return (moments.min if -moments.min >= moments.max else moments.max), at, spread

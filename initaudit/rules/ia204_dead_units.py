@@ -140,8 +140,8 @@ def _zeros_along(layer: LayerEvidence, letter: str) -> np.ndarray[Any, Any] | No
     axes = [i for i, a in enumerate(pair.axes) if a == letter]
     if len(axes) != 1 or layer.moments.zeros < _LEAST * layer.moments.count // max(1, pair.shape[axes[0]]):
         return None
-    values = np.moveaxis(layer.read(), axes[0], 0).reshape(pair.shape[axes[0]], -1)
-    return np.asarray(~values.astype(bool).any(axis=1))
+    others = tuple(i for i in range(len(pair.axes)) if i != axes[0])
+    return np.asarray(~np.logical_or.reduce(layer.read(), axis=others))
 
 
 def _unheard(model: Any) -> None:
