@@ -208,3 +208,101 @@ def furnish(folder: Path) -> None:
     (folder / "linked").symlink_to(outside)
     os.link(outside / "hard.bin", folder / "hard.bin")
     os.mkfifo(folder / "pipe")
+
+
+def _constant(name: str, values: object, kind: type = np.int64) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.asarray(values, dtype=kind), name)
+
+
+def _growing(op: str, given: list[str], tensors: list[onnx.TensorProto], **attributes: object) -> onnx.ModelProto:
+    """x grows into petabytes by one operator."""
+    return model([helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node(op, given, ["y"], **attributes)], tensors)
+
+
+def doubling(times: int) -> onnx.ModelProto:
+    names = ["h", *(f"t{i}" for i in range(times - 1)), "y"]
+    nodes = [helper.make_node("Concat", [names[i]] * 2, [names[i + 1]], axis=0) for i in range(times)]
+    return model([helper.make_node("MatMul", ["x", "w"], ["h"]), *nodes])
+
+
+def endless(nodes: list[onnx.NodeProto] | None = None, scan: bool = False) -> onnx.ModelProto:
+    """A Loop whose condition never turns false; with `scan` every trip leaves a value behind."""
+    floats, truth = TensorProto.FLOAT, TensorProto.BOOL
+    inputs = [
+        helper.make_tensor_value_info("i", TensorProto.INT64, []),
+        helper.make_tensor_value_info("c", truth, []),
+        helper.make_tensor_value_info("s", floats, None),
+    ]
+    body_nodes = [helper.make_node("Identity", ["c"], ["k"]), *(nodes or [helper.make_node("Tanh", ["s"], ["t"])])]
+    outputs = [helper.make_tensor_value_info("k", truth, []), helper.make_tensor_value_info("t", floats, None)]
+    if scan:
+        body_nodes.append(helper.make_node("Identity", ["t"], ["u"]))
+        outputs.append(helper.make_tensor_value_info("u", floats, None))
+    body = helper.make_graph(body_nodes, "body", inputs, outputs)
+    made = ["y", "all"] if scan else ["y"]
+    loop = helper.make_node("Loop", ["", "yes", "h"], made, "endless", body=body)
+    return model([helper.make_node("MatMul", ["x", "w"], ["h"]), loop], [_constant("yes", True, np.bool_)])
+
+
+def nested_loops(depth: int) -> onnx.ModelProto:
+    """Loops in one another, each of 1000 trips."""
+    floats = TensorProto.FLOAT
+    node = helper.make_node("Tanh", ["s"], ["t"])
+    for level in range(depth):
+        inputs = [
+            helper.make_tensor_value_info(f"i{level}", TensorProto.INT64, []),
+            helper.make_tensor_value_info(f"c{level}", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("s", floats, None),
+        ]
+        outputs = [
+            helper.make_tensor_value_info(f"c{level}o", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("t", floats, None),
+        ]
+        keep = helper.make_node("Identity", [f"c{level}"], [f"c{level}o"])
+        body = helper.make_graph([keep, node], f"body{level}", inputs, outputs)
+        last = level == depth - 1
+        node = helper.make_node("Loop", ["many", "", "h" if last else "s"], ["y" if last else "t"], f"loop{level}", body=body)
+    return model([helper.make_node("MatMul", ["x", "w"], ["h"]), node], [_constant("many", 1000)])
+
+
+HUGE = [2**20, 2**20]
+# Read, and then dangerous to run: the rest of the audit goes on, and a line says why nothing was run
+DANGEROUS: dict[str, Callable[[], onnx.ModelProto]] = {
+    "huge ConstantOfShape": lambda: model(
+        [helper.make_node("ConstantOfShape", ["big"], ["c"]), helper.make_node("MatMul", ["x", "w"], ["h"]),
+         helper.make_node("ReduceSum", ["c"], ["r"], keepdims=0), helper.make_node("Add", ["h", "r"], ["y"])],
+        [_constant("big", HUGE)],
+    ),
+    "huge Range": lambda: model(
+        [helper.make_node("Range", ["zero", "most", "one"], ["c"]), helper.make_node("ReduceSum", ["c"], ["r"], keepdims=0),
+         helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Add", ["h", "r"], ["y"])],
+        [_constant("zero", 0.0, np.float32), _constant("most", 1e12, np.float32), _constant("one", 1.0, np.float32)],
+    ),
+    "huge Expand": lambda: _growing("Expand", ["h", "big"], [_constant("big", [2**40, 2, 4])]),
+    "huge Tile": lambda: _growing("Tile", ["h", "big"], [_constant("big", HUGE)]),
+    "huge Pad": lambda: _growing("Pad", ["h", "big"], [_constant("big", [0, 0, 2**40, 2**20])]),
+    "negative Pad": lambda: _growing("Pad", ["h", "big"], [_constant("big", [-9, -9, -9, -9])]),
+    "huge Resize": lambda: _growing("Resize", ["h", "", "big"], [_constant("big", [1e6, 1e6], np.float32)]),
+    "huge OneHot": lambda: model(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("ArgMax", ["h"], ["i"], axis=1),
+         helper.make_node("OneHot", ["i", "depth", "ends"], ["o"]), helper.make_node("ReduceSum", ["o"], ["r"], keepdims=0),
+         helper.make_node("Add", ["h", "r"], ["y"])],
+        [_constant("depth", 2**45), _constant("ends", [0.0, 1.0], np.float32)],
+    ),
+    "doubling Concat": lambda: doubling(45),
+    "growing MatMul": lambda: model(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Reshape", ["h", "tall"], ["a"]),
+         helper.make_node("Tile", ["a", "times"], ["b"]), helper.make_node("Transpose", ["b"], ["c"]),
+         helper.make_node("MatMul", ["b", "c"], ["y"])],
+        [_constant("tall", [-1, 1]), _constant("times", [2**20, 1])],
+    ),
+    "endless Loop": lambda: endless(),
+    "endless Loop that keeps all": lambda: endless(scan=True),
+    "endless Loop that grows": lambda: endless([helper.make_node("Concat", ["s", "s"], ["t"], axis=0)]),
+    "loops in loops": lambda: nested_loops(4),
+    "Loop of 2**62 trips": lambda: model(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]),
+         helper.make_node("Loop", ["many", "", "h"], ["y"], body=endless().graph.node[1].attribute[0].g)],
+        [_constant("many", 2**62)],
+    ),
+}  # fmt: skip

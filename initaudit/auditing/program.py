@@ -13,12 +13,12 @@ from torch import nn
 from initaudit.auditing.layers import layer_evidence, norm_parameters
 from initaudit.auditing.recognition import in_company, with_recognition
 from initaudit.config import Config
-from initaudit.errors import InitauditError, UsageError
+from initaudit.errors import InitauditError, LimitExceeded, UsageError
 from initaudit.graph.calls import role_of
 from initaudit.graph.execute import specialise
 from initaudit.graph.from_onnx import from_onnx
 from initaudit.graph.from_torch import from_module
-from initaudit.graph.graph import Graph, location_of
+from initaudit.graph.graph import Graph, location_of, shape_of
 from initaudit.load.checkpoint import Checkpoint
 from initaudit.measure.moments import Moments
 from initaudit.onnx_ops.budget import Budget, metered
@@ -34,8 +34,10 @@ from initaudit.rules.evidence import Evidence
 BATCH = 8  # examples of a probe: enough to compare them with each other, few enough to be done in a second or two
 # Values beyond which a forward and backward pass on one core takes minutes.
 PROBED = 500_000_000
-# A stranger's graph may spend this much; an honest model's probe needs a small part of it.
-BUDGET = Budget(elements=2**31, total_elements=2**38, seconds=600.0)
+# A stranger's graph may spend this much; an honest model's probe needs a small part of it: eight images of 512 x 512 with 64
+# channels are 2^27 numbers, half a gigabyte. An endless loop is let run for as long as a patient reader waits.
+LARGEST, ALL_OUTPUTS = 2**27, 2**31  # elements
+LOOPS, TRIPS = 5.0, 20_000  # seconds, and trips through all loops together
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,16 @@ class Program:
     no_probe: str
     progress: Callable[[str], None]
 
+    @property
+    def budget(self) -> Budget:
+        """What running the graph may cost."""
+        return budget_of(self.checkpoint)
+
     def evidence(self, tensors: Mapping[str, Moments]) -> Evidence:
         """Pairs, probes and joins."""
         self.progress("pairing weights with activations")
-        pairs: tuple[Pair, ...] = pair(self.graph)
+        with metered(self.budget):
+            pairs: tuple[Pair, ...] = pair(self.graph)
         trace, risk, reason = self._probe()
         layers = layer_evidence(self.graph, pairs, self.checkpoint, tensors, trace)
         layers = with_recognition(layers, self.checkpoint.arrays)
@@ -70,7 +78,7 @@ class Program:
         self.progress("probing")
         device = None if self.config.device in ("auto", "cpu") else self.config.device
         try:
-            with metered(BUDGET):
+            with metered(self.budget):
                 trace = probe(self.graph, self.inputs, seed=self.config.seed, device=device)
         except (InitauditError, RuntimeError, ValueError, TypeError, IndexError) as error:
             # What a graph does with inputs that nobody promised to fit is the graph's matter: said, not raised.
@@ -78,6 +86,12 @@ class Program:
         if trace.unknown and not trace.parameters:
             return trace, None, "no output could be computed: " + next(iter(trace.unknown.values()))
         return trace, judge(self.graph, trace), ""
+
+
+def budget_of(checkpoint: Checkpoint) -> Budget:
+    """The budget for a checkpoint's graph: whoever brings large weights may make values as large, twice over."""
+    largest = max((a.size for a in checkpoint.arrays.values()), default=0)
+    return Budget(elements=max(LARGEST, 2 * largest), total_elements=2**38, trips=TRIPS, seconds=600.0, loop_seconds=LOOPS)
 
 
 def open_program(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:
@@ -116,7 +130,7 @@ def _names_all(module: nn.Module, data: Mapping[str, Any]) -> bool:
 def _onnx(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:
     progress("building the graph")
     graph = from_onnx(checkpoint.program, checkpoint.arrays)
-    with metered(BUDGET):
+    with metered(budget_of(checkpoint)):
         try:
             given = _inputs(graph, config, inputs)
         except UsageError:
@@ -124,7 +138,25 @@ def _onnx(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callabl
         except InitauditError as error:
             return Program(checkpoint, config, graph, None, str(error), progress)
         graph = specialise(graph, given)
-    return Program(checkpoint, config, graph, given, _integers(graph), progress)
+    budget = budget_of(checkpoint)
+    if (refused := graph.refused or _swells(graph, budget.shape_elements)) and config.probe:
+        raise LimitExceeded(checkpoint.source, f"running it would take more than any network needs ({refused})")
+    reason = _integers(graph) or _swells(graph, budget.elements, ALL_OUTPUTS)
+    return Program(checkpoint, config, graph, given, reason, progress)
+
+
+def _swells(graph: Graph, most: int, together: float = math.inf) -> str:
+    """Where a value has more than `most` elements, or all values have more than `together`, by their shapes; "" for nowhere."""
+    total = 0
+    for node in graph.fx.nodes:
+        if node.op != "call_function" or node.meta.get("tainted"):
+            continue
+        size = math.prod(shape_of(node) or ())
+        total += size
+        if size > most or total > together:
+            what = f"makes {size} numbers" if size > most else f"is where {total} numbers have been made"
+            return f"{location_of(node).site or node.name} {what}, more than is run of a file unasked"
+    return ""
 
 
 def _integers(graph: Graph) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from initaudit.errors import InitauditError
+from initaudit.errors import InitauditError, LimitExceeded
 from initaudit.graph.calls import role_of, signal_inputs
 from initaudit.graph.graph import Constant, Graph
 from initaudit.onnx_ops import activation, registry
@@ -105,15 +105,17 @@ def specialise(graph: Graph, inputs: Sequence[torch.Tensor]) -> Graph:
     """
     runner = MetaExecutor(graph)
     flat = [i.to("meta") if i.is_floating_point() else i for i in inputs]
-    notes = graph.notes
+    notes, refused = graph.notes, ""
     with torch.no_grad():
         try:
             runner.run(*flat)
+        except LimitExceeded as error:
+            refused = str(error)
         except (InitauditError, RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
             first = " ".join(str(error).split("\n")[0].split())
             notes = (*notes, f"shapes are known only in part: {first[:200]}")
     constants = {**graph.constants, **_host_constants(graph.fx, runner.host)}
-    return dataclasses.replace(graph, constants=constants, notes=notes, examples=tuple(inputs))
+    return dataclasses.replace(graph, constants=constants, notes=notes, refused=refused, examples=tuple(inputs))
 
 
 def _host_constants(graph: fx.Graph, values: Mapping[fx.Node, torch.Tensor]) -> dict[str, Constant]:

@@ -51,7 +51,8 @@ class Input:
 class Graph:
     """A program as a graph. `unused` names the trainable parameters that no path of the graph reaches.
 
-    `notes` are one-line remarks for the report: what was assumed while the graph was made.
+    `notes` are one-line remarks for the report: what was assumed while the graph was made. `refused` says which limit running
+    it would pass, where that showed without running it.
     """
 
     fx: fx.Graph = field(repr=False)
@@ -61,6 +62,7 @@ class Graph:
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     examples: tuple[torch.Tensor, ...] | None = field(default=None, repr=False, compare=False)
+    refused: str = ""
 
 
 def location_of(node: fx.Node) -> Location:

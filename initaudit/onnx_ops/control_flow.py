@@ -39,14 +39,15 @@ def Loop(
     alive = torch.tensor(True) if cond is None else cond
     state, trip = list(v_initial), 0
     collected: list[list[Tensor]] = [[] for _ in range(max(outputs - len(state), 0))]
-    while (most is None or trip < most) and bool(scalar(alive)):
-        meter.trip("Loop")
-        results = body(torch.tensor(trip, dtype=torch.int64), alive, *state)
-        alive, state = results[0], list(results[1 : 1 + len(state)])
-        for kept, value in zip(collected, results[1 + len(state) :], strict=False):
-            kept.append(value)
-            meter.produced(value.numel(), "Loop")
-        trip += 1
+    with meter.loop():
+        while (most is None or trip < most) and bool(scalar(alive)):
+            meter.trip("Loop")
+            results = body(torch.tensor(trip, dtype=torch.int64), alive, *state)
+            alive, state = results[0], list(results[1 : 1 + len(state)])
+            for kept, value in zip(collected, results[1 + len(state) :], strict=False):
+                kept.append(value)
+                meter.produced(value.numel(), "Loop")
+            trip += 1
     # Of no trip at all neither the shape nor the type of a scan output is known here.
     scans = [torch.stack(kept) if kept else torch.zeros(0) for kept in collected]
     return _wanted([*state, *scans], outputs)
@@ -79,15 +80,16 @@ def Scan(
     meter = current_meter()
     collected: list[list[Tensor]] = [[] for _ in range(outputs - len(states))]
     length = scanned[0].shape[axes[0]]
-    for step in range(length):
-        meter.trip("Scan")
-        places = [length - 1 - step if back else step for back in backwards]
-        slices = [v.select(axis, at) for v, axis, at in zip(scanned, axes, places, strict=True)]
-        results = body(*states, *slices)
-        states = list(results[: len(states)])
-        for kept, value in zip(collected, results[len(states) :], strict=False):
-            kept.append(value)
-            meter.produced(value.numel(), "Scan")
+    with meter.loop():
+        for step in range(length):
+            meter.trip("Scan")
+            places = [length - 1 - step if back else step for back in backwards]
+            slices = [v.select(axis, at) for v, axis, at in zip(scanned, axes, places, strict=True)]
+            results = body(*states, *slices)
+            states = list(results[: len(states)])
+            for kept, value in zip(collected, results[len(states) :], strict=False):
+                kept.append(value)
+                meter.produced(value.numel(), "Scan")
     turned = scan_output_directions or [0] * len(collected)
     along = scan_output_axes or [0] * len(collected)
     scans = []

@@ -109,7 +109,7 @@ def ConvTranspose(
         end = [t - first for t, first in zip(total, begin, strict=True)]
     elif pads and auto_pad != "VALID":
         begin, end = list(pads[:rank]), list(pads[rank:])
-    reserve([x.shape[0], w.shape[1] * group, *full], "ConvTranspose")
+    reserve([x.shape[0], w.shape[1] * group, *full], "ConvTranspose", x)
     result: Tensor = _convolution(rank, transposed=True)(x, w, None, steps, 0, 0, group, gaps)
     # Cropped by hand: the standard's paddings may differ at both ends, and output_padding may exceed what torch allows.
     crop = torch_pads([-p for p in begin], [m - p for m, p in zip(more, end, strict=True)])
@@ -191,7 +191,7 @@ def Col2Im(
     by = sweep(sizes, kernel, strides, pads, dilations)
     whole = [n + b + e for n, b, e in zip(sizes, by.begin, by.end, strict=True)]
     rank = len(sizes)
-    reserve([*input.shape[:1], *whole], "Col2Im")
+    reserve([*input.shape[:1], *whole], "Col2Im", input)
     flat = torch.zeros((), dtype=torch.int64)
     for axis in range(rank):
         inside = torch.arange(kernel[axis]) * by.dilations[axis]

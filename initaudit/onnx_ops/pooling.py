@@ -146,7 +146,7 @@ def MaxUnpool(
     natural = [(n - 1) * steps[a] - margin[a] - margin[a + rank] + kernel_shape[a] for a, n in enumerate(x.shape[2:])]
     target = [*x.shape[:2], *natural]
     wanted = ints(output_shape) or target
-    reserve(wanted, "MaxUnpool")
+    reserve(wanted, "MaxUnpool", x)
     flat = x.new_zeros(math.prod(target)).index_put((i.reshape(-1).to(x.device),), x.reshape(-1))
     # The places are those in the natural output; a larger one that is asked for has it in its first corner.
     return F.pad(flat.reshape(target), [v for n, t in reversed(list(zip(target, wanted, strict=True))) for v in (0, t - n)])

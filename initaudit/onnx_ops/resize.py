@@ -47,7 +47,7 @@ def Pad(
     before, after = [0] * data.ndim, [0] * data.ndim
     for place, axis in enumerate(chosen):
         before[axis], after[axis] = amounts[place], amounts[place + len(chosen)]
-    reserve([n + b + a for n, b, a in zip(data.shape, before, after, strict=True)], "Pad")
+    reserve([n + b + a for n, b, a in zip(data.shape, before, after, strict=True)], "Pad", data)
     if mode == "constant":
         fill = value if constant_value is None else scalar(constant_value)
         order = [amount for pair in reversed(list(zip(before, after, strict=True))) for amount in pair]
@@ -65,7 +65,7 @@ def Pad(
 def CenterCropPad(input_data: Tensor, shape: Tensor, *, axes: Sequence[int] | None = None) -> Tensor:
     """The middle of `input_data`, cropped or padded with zeros to the sizes given; the odd element goes to the end."""
     target = ints(shape) or []
-    reserve(target, "CenterCropPad")
+    reserve(target, "CenterCropPad", input_data)
     amounts = [(0, 0)] * input_data.ndim
     for axis, size in zip(axes if axes is not None else range(input_data.ndim), target, strict=True):
         axis = normal_axis(axis, input_data.ndim)
@@ -192,7 +192,7 @@ def Resize(
     final = list(x.shape)
     for axis, size in zip(over, targets, strict=True):
         final[axis] = size
-    reserve(final, "Resize")
+    reserve(final, "Resize", x)
     corners = floats(roi) or []
     result, outside = x, []
     for place, (axis, scale, whole) in enumerate(zip(over, factors, targets, strict=True)):
@@ -247,5 +247,5 @@ def GridSample(x: Tensor, grid: Tensor, *, align_corners: int = 0, mode: str = "
 def AffineGrid(theta: Tensor, size: Tensor, *, align_corners: int = 0) -> Tensor:
     """The points of a regular grid under an affine map, `n 2 3` to `n h w 2` or `n 3 4` to `n d h w 3`."""
     target = ints(size) or []
-    reserve(target, "AffineGrid")
+    reserve(target, "AffineGrid", theta)
     return F.affine_grid(theta, target, bool(align_corners))

@@ -92,7 +92,7 @@ def _broadcast(a: list[int], b: list[int]) -> list[int]:
 def Expand(input: Tensor, shape: Tensor) -> Tensor:
     """The input broadcast with a shape (a view: nothing is copied)."""
     target = _broadcast(list(input.shape), ints(shape) or [])
-    reserve(target, "Expand")
+    reserve(target, "Expand", input)
     return input.expand(target)
 
 
@@ -102,14 +102,14 @@ def Tile(input: Tensor, repeats: Tensor, axis: Tensor | None = None) -> Tensor:
     times = ints(repeats) or []
     if axis is not None:
         times = [times[0] if a == int(scalar(axis)) else 1 for a in range(input.ndim)]
-    reserve([n * t for n, t in zip(input.shape, times, strict=True)], "Tile")
+    reserve([n * t for n, t in zip(input.shape, times, strict=True)], "Tile", input)
     return input.repeat(times)
 
 
 @operator(Role("merge", "concat", data=("inputs",)))
 def Concat(*inputs: Tensor, axis: int = 1) -> Tensor:
     """The inputs one after another along an axis."""
-    reserve([sum(t.numel() for t in inputs)], "Concat")
+    reserve([sum(t.numel() for t in inputs)], "Concat", inputs[0])
     return torch.cat(together(*inputs), axis)
 
 

@@ -26,14 +26,15 @@ class PinnedOutliers(Rule):
     """A handful of weights sit exactly at a distant truncation bound.
 
     What it does: compares the largest magnitude with the spread of the bulk (median of |w|), and counts how many weights hold
-    exactly that value, in one tensor or, one in each, in several. It is a warning where these weights hold half as much power (sum of
-    squares) as all the others of their tensor.
+    exactly that value, in one tensor or, one in each, in several. It is a warning where these weights hold half as much power
+    (sum of squares) as all the others of their tensor.
 
     Why it is bad: a weight of -2 among weights of 0.02 dominates its unit: one input decides what the unit says.
 
     Example: `trunc_normal_` in bfloat16, where rounding sends the tails of the inverse error function to the bounds.
 
-    Instead: draw in float32 and convert (even that pins one weight in 16 million), or give bounds in proportion: `trunc_normal_(w, std=0.02, a=-0.04, b=0.04)`.
+    Instead: draw in float32 and convert (even that pins one weight in 16 million), or give bounds in proportion:
+    `trunc_normal_(w, std=0.02, a=-0.04, b=0.04)`.
 
     Source: https://github.com/pytorch/pytorch/issues/145498.
     """
