@@ -55,7 +55,8 @@ class Baseline:
         models = []
         for model in report.models:
             known = self._matched(model)
-            models.append(dataclasses.replace(model, findings=tuple(f for i, f in enumerate(model.findings) if i not in known)))
+            new = tuple(f for i, f in enumerate(model.findings) if i not in known)
+            models.append(dataclasses.replace(model, findings=new, accepted=model.accepted + len(known)))
         return dataclasses.replace(report, models=tuple(models))
 
     def vanished(self, report: Report) -> tuple[Entry, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from initaudit import __version__
-from initaudit.errors import InitauditError
+from initaudit.errors import InitauditError, UsageError
 from initaudit.options import config_from, config_options, outputs
 
 if TYPE_CHECKING:
@@ -98,23 +98,24 @@ def cli() -> None:
 def audit(ctx: click.Context, /, models: tuple[str, ...], formats: tuple[str, ...], output: str | None, **flags: Any) -> None:
     """Audit MODELS: files, folders, package.module:callable, URLs, or names of the configuration."""
     from initaudit.rules.selection import check_config
-    from initaudit.session import exit_status
+    from initaudit.session import UNUSABLE, exit_status, models_of
 
     config = config_from(ctx)
     models = models if models else tuple(config.models)
     if not models:
-        raise click.UsageError("no MODEL given; `initaudit --help` shows examples")
+        raise UsageError("MODEL", "none given, and none in a configuration file", advice="`initaudit --help` shows examples")
     check_config(config)
     targets = outputs(formats, output, tuple(config.for_model(model)[0] for model in models))
     if flags["watch"]:
         ctx.exit(_watch(tuple(config.for_model(model)[0] for model in models)))
-    report = _audit(models, config, verbose=flags["verbose"])
+    report = _audit(models_of(models, config), config, verbose=flags["verbose"])
     if config.baseline is not None:
         from initaudit.baseline import read_baseline
 
         report = read_baseline(Path(config.baseline)).without_accepted(report)
-    _deliver(report, targets, config, **{name: flags[name] for name in ("quiet", "verbose", "show_healthy", "statistics")})
-    ctx.exit(exit_status(report, config, exit_zero=flags["exit_zero"]))
+    shown = {name: flags[name] for name in ("quiet", "verbose", "show_healthy", "statistics")}
+    delivered = _deliver(report, targets, config, **shown)
+    ctx.exit(exit_status(report, config, exit_zero=flags["exit_zero"]) if delivered else UNUSABLE)
 
 
 @cli.command()
@@ -137,11 +138,15 @@ def rules(form: str) -> None:
 @cli.command()
 @click.argument("code")
 def explain(code: str) -> None:
-    """Show the page of the rule CODE (a code or a name)."""
-    from initaudit.report.pages import terminal_page
-    from initaudit.rules import rule
+    """Show the page of the rule CODE (a code or a name), or the rules whose codes begin so."""
+    from initaudit.report.pages import rule_table, terminal_page
+    from initaudit.rules import all_rules, rule
 
-    _print(terminal_page(rule(code), _style()))
+    family = [each for each in all_rules() if each.code.startswith(code.upper())]
+    if len(family) > 1:
+        _print(rule_table(family, _style().width))
+    else:
+        _print(terminal_page(rule(code), _style()))
 
 
 @cli.command()
@@ -239,12 +244,13 @@ def _baseline_run(
 ) -> tuple[Path, Baseline, Report, Config]:
     from initaudit.baseline import DEFAULT_FILE, read_baseline
     from initaudit.rules.selection import check_config
+    from initaudit.session import models_of
 
     found = config_from(ctx)
     check_config(found)
     file = Path(found.baseline if found.baseline is not None else DEFAULT_FILE)
     known = read_baseline(file, must_exist=must_exist)
-    return file, known, _audit(models, found), found
+    return file, known, _audit(models_of(models, found), found), found
 
 
 @cli.command()
@@ -281,18 +287,25 @@ def _audit(models: tuple[str, ...], config: Config, *, verbose: bool = False) ->
     return replace(report, seconds=time.monotonic() - began)
 
 
-def _deliver(report: Report, targets: Sequence[tuple[str, Path | None]], config: Config, **flags: bool) -> None:
+def _deliver(report: Report, targets: Sequence[tuple[str, Path | None]], config: Config, **flags: bool) -> bool:
+    """Writes every output; False where one could not be written. The others are written all the same."""
     from dataclasses import replace
 
     from initaudit.report import format_named
     from initaudit.report.write import write_whole
 
     style = replace(_style(), failing=config.failing, **flags)
+    written = True
     for name, file in targets:
         if file is None:
             _print(format_named(name).render(report, style), newline=False)
-        else:
+            continue
+        try:
             write_whole(file, format_named(name).render(report, replace(style, colour=False, unicode=True, width=100)))
+        except UsageError as error:
+            written = False
+            _complain(str(error))
+    return written
 
 
 def _style() -> Style:
@@ -329,6 +342,16 @@ def _complain(line: str) -> None:
     click.echo(f"initaudit: error: {escape(line)}", err=True)
 
 
+def _one_line(error: click.ClickException) -> str:
+    """What click has to say, as our other mistakes are said."""
+    text = " ".join(error.format_message().split()).rstrip(".")
+    text = text[:1].lower() + text[1:]
+    context = getattr(error, "ctx", None)
+    if context is None or "did you mean" in text.lower():
+        return text
+    return f"{text}; `{context.command_path} --help` shows what there is"
+
+
 def _watch(sources: tuple[str, ...]) -> int:
     """Runs the same command without --watch, in a process of its own so that changed code is imported anew, for ever."""
     import subprocess
@@ -353,7 +376,7 @@ def run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except click.ClickException as error:
-        error.show()
+        _complain(_one_line(error))
         return 2
     except InitauditError as error:
         _complain(str(error))

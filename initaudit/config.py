@@ -19,6 +19,7 @@ from initaudit.suggest import did_you_mean
 PHASES = ("auto", "init", "trained")
 FAIL_ON = ("error", "warning", "info", "never")
 SEVERITIES = ("error", "warning", "info")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ _MODEL_KEYS: dict[str, Parser] = {
     "base": _source,
     "arch": _text,
     "device": _text,
-    "dtype": _text,
+    "dtype": _choice(DTYPES),
     "seed": _int,
     "probe-batch": _count(1),
     "per-tensor-ignores": _ignores,

@@ -29,6 +29,10 @@ class UnreadableModel(InitauditError):
     """The model named on the command line cannot be read: missing, empty, truncated, of no known format, or hostile."""
 
 
+class NoWeights(UnreadableModel):
+    """A file that was read whole and holds no tensor: somebody's settings or a step count, and no model."""
+
+
 class UsageError(InitauditError):
     """An option, a rule code or a configuration value that means nothing."""
 

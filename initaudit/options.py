@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from initaudit.config import FAIL_ON, PHASES, Config, load_config
+from initaudit.config import DTYPES, FAIL_ON, PHASES, Config, load_config
 from initaudit.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,8 +45,8 @@ CONFIG_OPTIONS = (
     click.option("--base", metavar="CKPT", help="The checkpoint that this one was tuned from."),
     click.option("--arch", metavar="MODEL", help="The program for a file that holds weights only."),
     click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps"),
-    click.option("--dtype", metavar="NAME", help="Judge the number range of this type (float16)."),
-    click.option("--seed", type=int, metavar="N", help="Of the synthetic batch."),
+    click.option("--dtype", type=click.Choice(DTYPES), help="Judge the number range of this type."),
+    click.option("--seed", type=int, metavar="N", help="Of the synthetic batch, and of a module that is built."),
     click.option("--probe-batch", type=click.IntRange(min=1), metavar="N", help="Examples in the synthetic batch."),
     click.option("--baseline", type=click.Path(), metavar="FILE", help="Leave out the findings accepted in this file."),
     click.option("--rehearse", type=click.IntRange(min=0), metavar="N", help="Train a copy for N steps as well."),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from initaudit import __version__
 from initaudit.config import Config
+from initaudit.errors import InitauditError
 from initaudit.report.report import ModelReport, Report
 from initaudit.suggest import did_you_mean
 
@@ -36,11 +37,40 @@ def audit_all(sources: Sequence[str], config: Config, progress: Callable[[str], 
     return Report(tuple(done), __version__)
 
 
+def models_of(sources: Sequence[str], config: Config) -> tuple[str, ...]:
+    """The models that the sources stand for, each once: several for a folder of several."""
+    found: dict[str, None] = {}
+    for source in sources:
+        parts: tuple[str, ...] = (source,)
+        if source not in config.models and os.path.isdir(source):
+            from initaudit.load.collection import models_in
+
+            parts = models_in(source)
+        found.update(dict.fromkeys(parts))
+    return tuple(found)
+
+
 def audit_one(source: str, config: Config, progress: Callable[[str], None] | None = None) -> ModelReport:
     """One model; a function of this module so that another process can be told to run it."""
     from initaudit.auditing import run_one
+    from initaudit.load.remote import fetched, is_remote
 
-    return run_one(source, config, progress)
+    if not is_remote(source):
+        return run_one(source, config, progress)
+
+    def say(label: str) -> None:
+        if progress is not None:
+            progress(f"{source}: {label}")
+
+    try:
+        with fetched(source, say) as local:
+            report = run_one(local, config, progress)
+    except InitauditError as error:
+        return ModelReport(source, "unknown", error=str(error))
+    # The copy's own name would tell nobody anything, and differs from run to run.
+    unread = report.error.replace(local, source) if report.error is not None else None
+    findings = tuple(dataclasses.replace(f, message=f.message.replace(local, source)) for f in report.findings)
+    return dataclasses.replace(report, source=source, error=unread, findings=findings)
 
 
 def _audited(source: str, config: Config, progress: Callable[[str], None] | None = None) -> ModelReport:

@@ -12,22 +12,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "initaudit"
 ORDER = (
-    *("errors", "suggest", "location", "config", "roles", "load", "onnx_ops", "graph", "measure", "pair", "expect"),
-    *(
-        "probe",
-        "rules",
-        "report",
-        "auditing",
-        "baseline",
-        "session",
-        "progress",
-        "options",
-        "testing",
-        "integrations",
-        "pytest_plugin",
-        "cli",
-        "__main__",
-    ),
+    *("errors", "suggest", "location", "randomness", "config", "roles", "load", "onnx_ops", "graph", "measure", "pair"),
+    *("expect", "probe", "rules", "report", "auditing", "baseline", "session", "progress", "options"),
+    *("testing", "integrations", "pytest_plugin", "cli", "__main__"),
 )
 LIGHT = ("torch", "onnx", "numpy", "tabulate")
 

@@ -127,7 +127,10 @@ def test_unreadable_models_get_one_line_each_and_the_others_their_report(capsys)
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (["good", "--formt", "json"], "--format"),
+        (["good", "--formt", "json"], "error: no such option '--formt'. Did you mean '--format'?"),
+        (["compare", "good"], "missing argument 'SECOND'; `initaudit compare --help` shows what there is"),
+        ([], "MODEL: none given, and none in a configuration file; `initaudit --help` shows examples"),
+        (["good", "--dtype", "flot16"], "is not one of 'float16', 'bfloat16'"),
         (["good", "--select", "IA310"], "did you mean 'IA301'"),
         (["good", "--format", "sarfi"], "did you mean 'sarif'"),
         (["explain", "forward-vanish"], "did you mean 'forward-vanishing'"),
@@ -140,6 +143,7 @@ def test_mistakes_get_a_hint(capsys, tmp_path, arguments, hint):
     status, _out, err = run(capsys, *arguments)
     assert status == 2
     assert hint in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_mistyped_command_is_hinted_at(capsys, monkeypatch):
@@ -224,6 +228,35 @@ def test_no_output_destroys_anything(capsys, tmp_path, arguments, message):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == dict.fromkeys(("weights.onnx", "good.txt"), b"precious")
 
 
+def test_an_output_that_fails_leaves_the_others_written(capsys, tmp_path, monkeypatch):
+    from initaudit.errors import UsageError
+    from initaudit.report import write
+
+    whole = write.write_whole
+
+    def full_disk(file, text):
+        if file.name == "a.json":
+            raise UsageError(f"output {file}", "No space left on device")
+        whole(file, text)
+
+    monkeypatch.setattr(write, "write_whole", full_disk)
+    status, out, err = run(capsys, "bad", "--format", "json:a.json", "--format", "sarif:b.sarif", "--format", "text")
+    assert (status, err) == (2, "initaudit: error: output a.json: No space left on device\n")
+    assert "forward-vanishing" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["b.sarif"]
+
+
+def test_the_same_model_twice_is_audited_once(capsys):
+    assert run(capsys, "bad", "good", "bad")[1].count("2 models: 1 pass, 1 fail") == 1
+    assert [source for source, _ in SEEN] == ["bad", "good"]
+
+
+def test_explain_lists_the_rules_of_a_family(capsys):
+    status, out, _ = run(capsys, "explain", "ia")
+    assert status == 0
+    assert re.findall(r"^IA\d{3}", out, re.M) == ["IA201", "IA301"]
+
+
 def test_an_interrupt_leaves_the_old_output_and_no_rest(capsys, tmp_path, monkeypatch):
     target = tmp_path / "out.json"
     target.write_text("old")
@@ -297,7 +330,9 @@ def test_baseline_accepts_what_there_is_and_fails_on_what_is_new(capsys):
     assert entry["reason"] == "legacy"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", entry["date"])
     assert run(capsys, "baseline", "check", "bad")[0] == 0
-    assert run(capsys, "bad", "--baseline", "initaudit-baseline.json")[0] == 0
+    status, out, _ = run(capsys, "bad", "--baseline", "initaudit-baseline.json")
+    assert status == 0
+    assert "no new findings, 1 accepted in the baseline" in " ".join(out.split())
     assert run(capsys, "baseline", "check", "bad2")[0] == 1
     assert run(capsys, "baseline", "write", "bad")[1].endswith("1 accepted, 0 of them new\n")
 

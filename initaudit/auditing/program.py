@@ -76,7 +76,7 @@ class Program:
         if values > PROBED and "probe" not in self.config.origin:
             return None, None, f"{values:,} values would take minutes to probe (ask for it with --probe)"
         self.progress("probing")
-        device = None if self.config.device in ("auto", "cpu") else self.config.device
+        device = _device(self.config.device)
         try:
             with metered(self.budget):
                 trace = probe(self.graph, self.inputs, seed=self.config.seed, device=device)
@@ -92,6 +92,18 @@ def budget_of(checkpoint: Checkpoint) -> Budget:
     """The budget for a checkpoint's graph: whoever brings large weights may make values as large, twice over."""
     largest = max((a.size for a in checkpoint.arrays.values()), default=0)
     return Budget(elements=max(LARGEST, 2 * largest), total_elements=2**38, trips=TRIPS, seconds=600.0, loop_seconds=LOOPS)
+
+
+def _device(name: str) -> str | None:
+    """The device to probe on, None for the CPU; raises UsageError for one that this machine does not have."""
+    if name in ("auto", "cpu"):
+        return None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"--device {name}", found, "auto, cpu, or a device that this PyTorch can use") from error
+    return name
 
 
 def open_program(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from initaudit.auditing.result import model_report
 from initaudit.config import Config
 from initaudit.errors import InitauditError, UnreadableModel, UsageError
-from initaudit.load import from_module, load, load_proto
+from initaudit.load import from_module, is_module_spec, load, load_proto
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.measure.moments import Moments, measure
 from initaudit.report.report import Layer, ModelReport, Verdict
@@ -112,12 +112,22 @@ def run_one(source: str, config: Config, progress: Progress | None = None) -> Mo
     say = progress if progress is not None else _silent
     try:
         say(f"{source}: reading")
-        report = report_on(load(source), config, progress=lambda label: say(f"{source}: {label}"))
+        report = report_on(_opened(source, config), config, progress=lambda label: say(f"{source}: {label}"))
         return dataclasses.replace(_in_force(report, config), source=source)
     except InitauditError as error:
         text = str(error)
         line = text if source in text else f"{source}: {text}"
         return ModelReport(source, "unknown", error=line)
+
+
+def _opened(source: str, config: Config) -> Checkpoint:
+    """The checkpoint; what the user's own code draws while it builds a module follows the seed, so that runs repeat."""
+    if not is_module_spec(source):
+        return load(source)
+    from initaudit.randomness import random_state_kept
+
+    with random_state_kept(config.seed):
+        return load(source)
 
 
 def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = _silent) -> ModelReport:

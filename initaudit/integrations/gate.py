@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from initaudit.config import Config
 from initaudit.errors import InitauditError, UnreadableModel, UsageError
+from initaudit.randomness import random_state_kept
 
 if TYPE_CHECKING:
     import torch
@@ -92,18 +91,3 @@ def inputs_of(batch: Any, forward: Callable[..., Any]) -> Any:
         count = min(len(batch), max(1, len(needed)))
         return tuple(batch[:count])
     return batch
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """The states of Python's, NumPy's and torch's generators afterwards are those of before."""
-    import numpy as np
-    import torch
-
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from initaudit.errors import UsageError
-from initaudit.integrations.gate import Action, Gate, random_state_kept
+from initaudit.integrations.gate import Action, Gate
+from initaudit.randomness import random_state_kept
 
 if TYPE_CHECKING:
     from initaudit.config import Config

@@ -92,6 +92,11 @@ def _leaves(folder: Path, file: Path) -> bool:
     return not target.is_relative_to(root) and not (root.parent.name == "snapshots" and target.is_relative_to(blobs))
 
 
+def is_shard(file: Path) -> bool:
+    """Whether the name of a file says that it is one of several."""
+    return _SHARD.fullmatch(file.name) is not None
+
+
 def _is_index(file: Path) -> bool:
     return file.name.endswith(".index.json")
 

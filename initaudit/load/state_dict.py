@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from initaudit.errors import UnreadableModel
+from initaudit.errors import NoWeights, UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.finish import finish
 from initaudit.load.pickle_arrays import Leaf, as_array, code_problems, leaves
@@ -40,7 +40,7 @@ def checkpoint_of(root: Any, source: str, format: str, where: str, recorder: Rec
     arrays = named_arrays(weights, where, problems)
     optimizer = named_arrays(found.optimizer, where, problems)
     if not arrays and not optimizer and not problems:
-        raise UnreadableModel(where, "no tensors in it", "a checkpoint with weights")
+        raise NoWeights(where, "no tensors in it", "a checkpoint with weights")
     metadata = {**_scalars(root), **fields.pop("metadata", {})}
     notes = (*fields.pop("notes", ()), *found.notes)
     made = Checkpoint(

@@ -54,7 +54,7 @@ def _model(model: ModelReport) -> Iterator[str]:
     if model.error is not None:
         yield f'<p class="error">Not read: {_text(model.error)}</p></section>\n'
         return
-    yield f'<p><strong class="{model.verdict}">{model.verdict}</strong> · {counts(model.findings)} · '
+    yield f'<p><strong class="{model.verdict}">{model.verdict}</strong> · {counts(model.findings, model.accepted)} · '
     yield f"{_text(model.format)}, phase {_text(model.phase)}, {weights(model)}</p>\n"
     for sentence in (f"risk: {risk(model)}" if risk(model) else "", model.cause, *model.notes):
         if sentence:

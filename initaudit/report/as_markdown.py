@@ -26,7 +26,8 @@ def render(report: Report, style: Style) -> str:
             lines.append(f"| {_code(model.source, 80)} | ❌ not read | {_prose(model.error, 300)} | |")
         else:
             lines.append(
-                f"| {_code(model.source, 80)} | {_VERDICTS[model.verdict]} | {counts(model.findings)} | {_prose(risk(model))} |"
+                f"| {_code(model.source, 80)} | {_VERDICTS[model.verdict]} | {counts(model.findings, model.accepted)} "
+                f"| {_prose(risk(model))} |"
             )
     text = "\n".join(lines) + "\n"
     left_out = 0

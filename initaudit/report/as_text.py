@@ -138,7 +138,7 @@ def finding_lines(finding: Finding, style: Style) -> Iterator[str]:
 
 def summary_lines(model: ModelReport, style: Style) -> Iterator[str]:
     """Verdict, counts and risk."""
-    text = f"{counts(model.findings)}" + (f"; risk: {risk(model)}" if risk(model) else "")
+    text = f"{counts(model.findings, model.accepted)}" + (f"; risk: {risk(model)}" if risk(model) else "")
     lines = wrap(f"{model.verdict}: {text}", style.width).splitlines()
     yield style.paint(model.verdict, VERDICT_COLOUR[model.verdict]) + lines[0][len(model.verdict) :]
     yield from lines[1:]

@@ -91,7 +91,7 @@ def comparison_text(result: Comparison, style: Style) -> str:
     """For a terminal: "+" came with the second, "-" went with the first."""
     lines = []
     for label, model in (("first", result.first), ("second", result.second)):
-        facts = f"{model.verdict}, {counts(model.findings)}" + (f"; risk: {risk(model)}" if risk(model) else "")
+        facts = f"{model.verdict}, {counts(model.findings, model.accepted)}" + (f"; risk: {risk(model)}" if risk(model) else "")
         lines.append(shorten(f"{label:<7} {shorten(escape(model.source), 40)}  {facts}", style.width))
     lines += list(_tensors(result.second, style))
     for sign, findings in (("+", result.appeared), ("-", result.gone)):

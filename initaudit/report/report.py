@@ -53,7 +53,8 @@ class ModelReport:
 
     `risk` has the keys symmetry, vanishing, exploding (0..1) and untrainable (a mapping with sgd and adam). `depth` is the
     second moment of the signal and of its gradient at each weight in forward order (None where no probe ran). `changes` holds
-    the tensors by what became of them against the base ("identical", "trained on", ...), where one was given.
+    the tensors by what became of them against the base ("identical", "trained on", ...), where one was given. `accepted` is how
+    many findings a baseline has taken out of `findings`.
     """
 
     source: str
@@ -68,6 +69,7 @@ class ModelReport:
     cause: str = ""
     error: str | None = None
     changes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    accepted: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from initaudit.report.style import escape
 from initaudit.rules.rule import SEVERITIES, Finding
 
 
-def counts(findings: Iterable[Finding]) -> str:
-    """ "3 errors, 1 warning", or "no findings"."""
+def counts(findings: Iterable[Finding], accepted: int = 0) -> str:
+    """ "3 errors, 1 warning", or "no findings"; those that a baseline accepts are counted apart."""
     by_severity = Counter(finding.severity for finding in findings)
     parts = [plural(by_severity[s], s if s != "info" else "note") for s in SEVERITIES if by_severity[s]]
-    return ", ".join(parts) if parts else "no findings"
+    found = ", ".join(parts) if parts else "no new findings" if accepted else "no findings"
+    return f"{found}, {accepted} accepted in the baseline" if accepted else found
 
 
 def plural(count: int, noun: str) -> str:

@@ -23,6 +23,8 @@ def check_target(target: Path, read: Iterable[str] = ()) -> None:
         raise UsageError(where, "a folder", "a file")
     if not target.parent.is_dir():
         raise UsageError(where, f"no folder {target.parent}", advice="make it first")
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise UsageError(where, "may not be written", advice="choose a place of your own")
     if not target.exists():
         return
     for source in read:
