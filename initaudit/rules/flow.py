@@ -133,6 +133,8 @@ class _Follow:
             before = self.signals[source.name]
             if step != "passes":
                 contrast[node.name] = contrast[source.name] * min(1.0, _ratio(here.spread, before.spread))
+            # What is seen to differ here was not lost on the way: a norm over the batch takes what examples share away again.
+            contrast[node.name] = max(contrast[node.name], here.spread or 0.0)
             if step == "normalizes":
                 size[node.name], base[node.name] = 1.0, here.moment2
             elif step == "computes":
@@ -143,7 +145,11 @@ class _Follow:
 
     def _backward(self) -> dict[str, float]:
         left = self._along_the_best_way()
+        measured = self._gradient_growth()
         for node in self.nodes:
+            # What arrives has not vanished, whatever the steps seem to keep: a layer's growth and the norm behind it undo each
+            # other, and where a value has several readers the growth is not counted.
+            left[node.name] = max(left[node.name], measured.get(node.name, 0.0))
             # A branch beside a skip gets what its weights let through; nothing is lost while the stream keeps its gradient.
             left[node.name] = max(left[node.name], *(left[s.name] for s in self.sources[node]), 0.0)
         return left
