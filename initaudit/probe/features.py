@@ -1,5 +1,9 @@
 """Physically meaningful numbers of a trace, each 0 where nothing is wrong and growing with the harm.
 
+Most foresee from the network as it stands; what they foresee counts as far as the virtual steps (`response.py`) have not
+refuted it. A layer that is zero behind a normalization has a kernel of rank one and a gradient a million times too large, and
+one step later neither is true.
+
 With K the Gram matrix of per-example gradients (the tangent kernel seen along one output direction), gradient descent is stable
 up to the step 2/λ_top and then moves along eigenvector j as 1 - exp(-steps·λ_j/λ_top) (Jacot et al. 2018, section 5). Only the
 eigenvectors of the *centred* kernel tell examples apart; a network whose centred eigenvalues are all far below λ_top cannot
@@ -11,10 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from initaudit.probe.response import LEARNT
 from initaudit.probe.trace import Kernel, Trace
 
-# Steps over which a direction is to be learned: a few, and an epoch's worth.
-_FEW, _MANY = 10.0, 100.0
+OPTIMIZERS = ("sgd", "adam")
+# Steps over which a direction is to be learned.
+_FEW = 10.0
+_LEAST = 1e-4  # of the loss of guessing: learning that is slower does not show in some steps
 _REFERENCE = (
     64  # examples to which the spectra are brought: each eigenvalue of K/n is smaller the more examples share the trace
 )
@@ -22,22 +29,59 @@ _FLOOR = 1e-8
 
 
 def features(trace: Trace) -> dict[str, float]:
-    """The features by name; where no kernel could be measured, that of a network that learns nothing."""
-    sgd, adam = _kernel(trace, "sgd"), _kernel(trace, "adam")
-    return {
-        "slow_sgd": _slowness(sgd, _FEW),
-        "stuck_sgd": _slowness(sgd, _MANY),
-        "rank_loss_sgd": _rank_loss(trace, sgd),
-        "collapse_sgd": _collapse(sgd),
-        "slow_adam": _slowness(adam, _FEW),
-        "stuck_adam": _slowness(adam, _MANY),
-        "rank_loss_adam": _rank_loss(trace, adam),
-        "collapse_adam": _collapse(adam),
-        "sharpness": _sharpness(sgd),
-        "unevenness": min(_unevenness(trace), 4.0),
-        "dead": _dead(trace),
-        "faded_gradient": min(changes(trace)["gradient_loss"], 12.0),
-    }
+    """The features by name; where no kernel could be measured, that of a network that learns nothing.
+
+    `unlearnt_sgd` and `unlearnt_adam` are left out where no virtual steps were taken.
+    """
+    found = {"dead": dead_share(trace), "chaos": _chaos(trace)}
+    for optimizer in OPTIMIZERS:
+        kernel, loss, doubt = _kernel(trace, optimizer), lowest_loss(trace, optimizer), doubted(trace, optimizer)
+        foreseen = {
+            "slow": _slowness(kernel, _FEW),
+            "rank_loss": _rank_loss(trace, kernel),
+            "sharpness": _sharpness(_kernel(trace, "sgd")),
+            "faded_gradient": min(changes(trace)["gradient_loss"], 12.0),
+        }
+        found |= {f"{name}_{optimizer}": doubt * value for name, value in foreseen.items()}
+        if loss is not None:
+            found[f"unlearnt_{optimizer}"] = -math.log10(max(1 - max(loss, LEARNT), _LEAST))
+    return found
+
+
+def doubted(trace: Trace, optimizer: str) -> float:
+    """What the virtual steps leave of a foreseen harm: 0 where they learnt half of their task, 1 where they learnt nothing."""
+    loss = lowest_loss(trace, optimizer)
+    return 1.0 if loss is None else math.sqrt(min(max((loss - LEARNT) / (1 - LEARNT), 0.0), 1.0))
+
+
+def lowest_loss(trace: Trace, optimizer: str) -> float | None:
+    """The lowest loss that the virtual steps of any customary size reached, in units of guessing; None where none was taken.
+
+    Steps that end in a loss that is not finite have reached nothing.
+    """
+    runs = [r.losses for r in trace.response if r.optimizer == optimizer]
+    if not runs:
+        return None
+    return min((min(losses) for losses in runs if math.isfinite(losses[-1])), default=1.0)
+
+
+def _chaos(trace: Trace) -> float:
+    """Decades beyond a hundred (at most 6) by which a relative difference between inputs grows up to the outputs, in power.
+
+    For a random cotangent c of norm 1, E|Jᵀc|² = |J|²/n_out (Frobenius), and a random difference of relative size ε becomes
+    one of size ε·|J|·|x|/(√n_in·|y|): its square over ε² is |Jᵀc|² E[x²]/E[y²]. ReLU networks without biases, homogeneous
+    of degree one, have 1 on average; beyond the edge of chaos it grows as chi1 to the power of the depth (Poole et al. 2016,
+    eq. 9).
+    """
+    outputs = [s.moment2 for n in trace.outputs if (s := trace.signals.get(n)) is not None and s.moment2]
+    starts = [s for s in trace.signals.values() if s.kind == "input" and s.gradient_moment2]
+    starts = starts or [trace.signals[w.node] for w in trace.weights[:1] if w.node in trace.signals]
+    grown = [
+        s.gradient_moment2 * math.prod(s.shape) / trace.batch * s.moment2 / max(outputs)
+        for s in starts
+        if outputs and s.gradient_moment2 and s.moment2
+    ]
+    return min(max(math.log10(max(grown, default=1.0)) - 2.0, 0.0), 6.0)
 
 
 def _kernel(trace: Trace, which: str) -> Kernel | None:
@@ -64,11 +108,6 @@ def _rank_loss(trace: Trace, kernel: Kernel | None) -> float:
     return min(max(math.log((len(kernel.centred) - 1) / kernel.effective_rank), 0.0), 4.0)
 
 
-def _collapse(kernel: Kernel | None) -> float:
-    """-log10 of the share of the gradients' squared norm in which examples differ, at most 6."""
-    return 6.0 if kernel is None else min(-math.log10(max(kernel.centred_share, 1e-6)), 6.0)
-
-
 def _sharpness(kernel: Kernel | None) -> float:
     """Decades by which λ_top exceeds 30: beyond 2/0.003 the smallest customary step of SGD diverges. At most 8."""
     if kernel is None:
@@ -76,25 +115,7 @@ def _sharpness(kernel: Kernel | None) -> float:
     return min(max(math.log10(kernel.eigenvalues[0]) - 1.5, 0.0), 8.0)
 
 
-def gradient_ratios(trace: Trace) -> list[float]:
-    """log10 of norm(gradient)/norm(weight) of every weight at every place of use, in forward order; zeros are left out."""
-    return [
-        math.log10(w.gradient_norm) - math.log10(w.weight_norm)
-        for w in trace.weights
-        if w.gradient_norm and w.weight_norm and math.isfinite(w.gradient_norm) and math.isfinite(w.weight_norm)
-    ]
-
-
-def _unevenness(trace: Trace) -> float:
-    """The standard deviation of log10 of the gradient-to-weight ratios (the inverse of LARS's trust ratio, You et al. 2017)."""
-    ratios = gradient_ratios(trace)
-    if len(ratios) < 2:
-        return 0.0
-    mean = sum(ratios) / len(ratios)
-    return math.sqrt(sum((r - mean) ** 2 for r in ratios) / len(ratios))
-
-
-def _dead(trace: Trace) -> float:
+def dead_share(trace: Trace) -> float:
     """The share of trainable weights without a gradient, now and after two virtual steps."""
     sizes = {name: math.prod(p.shape) for name, p in trace.parameters.items()}
     total = sum(sizes.values())

@@ -17,6 +17,7 @@ from initaudit.probe.measures import measures
 from initaudit.probe.observe import SignalObserver
 from initaudit.probe.passes import Pass, backward, batch_of, cotangents
 from initaudit.probe.recurrence import TimeObserver
+from initaudit.probe.response import respond
 from initaudit.probe.statistics import peak, power
 from initaudit.probe.trace import ParameterRecord, Trace, Units, WeightRecord
 from initaudit.probe.units import compare_units
@@ -50,11 +51,13 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
         parameters = _parameters(graph, run, gradients, norm_of)
         silent = [name for name, p in parameters.items() if p.gradient_zero]
         steps = 0
-        if silent and ends and observer.first_non_finite is None:
+        finite = bool(ends) and all(bool(torch.isfinite(v).all()) for v in ends)
+        if silent and finite:
             steps = 2
             after = revived(graph, constant, given, gradients, silent, seed, place)
             parameters = {n: _with_revival(p, after) for n, p in parameters.items()}
         weights = tuple(_weight_records(run, sites, observer, norm_of))
+        response = respond(graph, constant, given, run, seed, place) if finite else ()
         return Trace(
             batch=batch,
             signals=observer.signals,
@@ -68,6 +71,7 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
             virtual_steps=steps,
             time=tuple(along.records),
             measures=measures(graph, observer.signals, weights, run.outputs),
+            response=response,
         )
 
 

@@ -181,6 +181,18 @@ class GramRecord:
 
 
 @dataclass(frozen=True)
+class Response:
+    """What steps of one size do to the loss of a task of memory, relative to that of guessing.
+
+    `losses` begin before the first step; they end early where one is not finite, or the task is half learnt.
+    """
+
+    optimizer: str
+    rate: float
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Trace:
     """What the probe saw. `unknown` maps the nodes that could not be run, or lie downstream of one, to the reason."""
 
@@ -196,3 +208,14 @@ class Trace:
     virtual_steps: int = 0
     time: tuple[TimeRecord, ...] = ()
     measures: Measures | None = None
+    response: tuple[Response, ...] = ()
+
+    @property
+    def broken(self) -> bool:
+        """Whether an output or a parameter's gradient is not finite.
+
+        Infinities in between may be meant: a mask before a softmax, the padding of a maximum.
+        """
+        ends = any(not s.finite for name in self.outputs if (s := self.signals.get(name)) is not None)
+        norms = (p.gradient_norm for p in self.parameters.values() if p.gradient_norm is not None)
+        return ends or any(not math.isfinite(norm) for norm in norms)

@@ -92,7 +92,7 @@ def health(evidence: Evidence) -> Health:
     """The health of the network as the probe saw it; all ones where there was none, or its signal was not finite."""
     flow, trace = view(evidence).flow, evidence.trace
     layers = chain(evidence)
-    if flow is None or trace is None or evidence.graph is None or not layers or trace.first_non_finite is not None:
+    if flow is None or trace is None or evidence.graph is None or not layers or trace.broken:
         return Health(tuple(layers))
     signal = min((flow.size[n] * flow.contrast[n] for n in flow.last if n in flow.size), default=1.0)
     contrast = min((flow.contrast[n] for n in flow.last if n in flow.contrast), default=1.0)

@@ -43,7 +43,7 @@ class DuplicateUnits(Rule):
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each weight."""
         trace = evidence.trace
-        if trace is None or trace.first_non_finite is not None or trace.first_non_finite_gradient is not None:
+        if trace is None or trace.broken:
             return
         for layer in evidence.layers:
             units = next((r.units for r in layer.records if r.units is not None), None)

@@ -49,7 +49,7 @@ class NoGradient(Rule):
         if graph is None or not initial(evidence):
             return
         yield from self._unreached(evidence)
-        if trace is None or trace.first_non_finite is not None or trace.first_non_finite_gradient is not None:
+        if trace is None or trace.broken:
             return
         beyond = _leads_to_unknown(graph)
         silent = {n: p for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None and n not in beyond}

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 
 from initaudit.location import NOWHERE
 from initaudit.rules.evidence import Evidence
-from initaudit.rules.examples import convs, example
+from initaudit.rules.examples import convs, example, mlp
 from initaudit.rules.remedy import reset_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.structure import is_mask
 
 
 class NanOrInf(Rule):
-    """A weight is not a finite number.
+    """A weight is not a finite number, or what it makes of an input is not.
 
     What it does: counts NaN and infinities in every tensor. Infinities in tensors that are no weights (attention masks kept as
-    buffers) are left alone.
+    buffers) are left alone. Where all weights are finite, the first place of the probe is named from which the signal is not,
+    if an output or a gradient is affected.
 
     Why it is bad: every number that meets it becomes NaN: the loss, then all gradients, then all weights.
 
@@ -31,7 +32,7 @@ class NanOrInf(Rule):
     name = "nan-or-inf"
     severity = "error"
     phase = "any"
-    summary = "a weight is not finite"
+    summary = "a weight, an output or a gradient is not finite"
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all tensors, at the first."""
@@ -42,6 +43,7 @@ class NanOrInf(Rule):
             if m.nan or (m.inf and (name in used or _trainable(evidence, name)) and not is_mask(evidence, name))
         }
         if not bad:
+            yield from self._signal(evidence)
             return
         name, moments = next(iter(bad.items()))
         layer = evidence.layer(name)
@@ -58,6 +60,30 @@ class NanOrInf(Rule):
             related=tuple(n for n in bad if n != name),
         )
 
+    def _signal(self, evidence: Evidence) -> Iterator[Finding]:
+        """Where the probe's signal, or its gradient, stops being finite."""
+        from initaudit.graph.graph import location_of
+
+        trace, graph = evidence.trace, evidence.graph
+        if trace is None or graph is None or not trace.broken:
+            return
+        forward = any(not s.finite for n in trace.outputs if (s := trace.signals.get(n)) is not None)
+        place = trace.first_non_finite if forward else trace.first_non_finite_gradient or trace.first_non_finite
+        what = "signal" if forward else "gradient"
+        location = next((location_of(n) for n in graph.fx.nodes if n.name == place), NOWHERE)
+        orders = [trace.signals[w.node].order for w in trace.weights if w.node in trace.signals]
+        seen = trace.signals.get(place) if place is not None else None
+        # What happens before the first weight is a matter of the inputs, and the inputs may be made up.
+        early = forward and seen is not None and seen.order < min(orders, default=0)
+        yield self.finding(
+            f"the {what} is not finite from {location.site or place} on, although every weight is; "
+            + ("the probe's inputs may be outside of what the model takes" if early else "after one step no weight is finite"),
+            "give a batch of real inputs with --data" if early else "draw the weights before it with a smaller variance",
+            severity="info" if early else "error",
+            site=location.site,
+            location=location,
+        )
+
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
         """Finite weights."""
@@ -65,8 +91,11 @@ class NanOrInf(Rule):
 
     @classmethod
     def invalid(cls) -> tuple[Example, ...]:
-        """One NaN."""
-        return (example("one NaN", lambda: convs(norm=True, change=lambda m: m[3].weight.view(-1)[5:6].fill_(float("nan")))),)
+        """One NaN, and a signal that overflows."""
+        return (
+            example("one NaN", lambda: convs(norm=True, change=lambda m: m[3].weight.view(-1)[5:6].fill_(float("nan")))),
+            example("1e8 times He's in ten layers", lambda: mlp(32, *[64] * 10, 5, gain=1e8)),
+        )
 
 
 def _trainable(evidence: Evidence, name: str) -> bool:
