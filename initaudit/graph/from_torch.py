@@ -102,7 +102,8 @@ def from_module(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str,
             module.train()
             with contextlib.suppress(UnreadableModel):
                 second = _trace(module, inputs, keywords, flat, training)
-                graph = second if len(second.unused) < len(graph.unused) else graph
+                # A trace by running would fix what training draws at random (masks, dropped layers) as it fell this once.
+                graph = second if len(second.unused) < len(graph.unused) and not second.notes else graph
     return graph
 
 
