@@ -63,6 +63,7 @@ class Config:
     dtype: str | None = None
     seed: int = 0
     probe_batch: int | None = None
+    probe_seeds: int = 1
     per_tensor_ignores: tuple[Ignore, ...] = ()
     severity: Mapping[str, Literal["error", "warning", "info"]] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
@@ -284,6 +285,7 @@ _MODEL_KEYS: dict[str, Parser] = {
     "dtype": _choice(DTYPES),
     "seed": _int,
     "probe-batch": _count(1),
+    "probe-seeds": _count(1),
     "per-tensor-ignores": _ignores,
     "severity": _mapping(_choice(SEVERITIES)),
     "thresholds": _mapping(_number),

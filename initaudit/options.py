@@ -48,6 +48,7 @@ CONFIG_OPTIONS = (
     click.option("--dtype", type=click.Choice(DTYPES), help="Judge the number range of this type."),
     click.option("--seed", type=int, metavar="N", help="Of the synthetic batch, and of a module that is built."),
     click.option("--probe-batch", type=click.IntRange(min=1), metavar="N", help="Examples in the synthetic batch."),
+    click.option("--probe-seeds", type=click.IntRange(min=1), metavar="N", help="Probe so often: error bars of the risk."),
     click.option("--baseline", type=click.Path(), metavar="FILE", help="Leave out the findings accepted in this file."),
     click.option("--rehearse", type=click.IntRange(min=0), metavar="N", help="Train a copy for N steps as well."),
     click.option("--trust", is_flag=True, help="The source may run code of its own."),

@@ -62,6 +62,7 @@ device = "cpu"
 dtype = "float16"
 seed = 3
 probe-batch = 8
+probe-seeds = 2
 severity = {IA106 = "error"}
 thresholds = {depth = 2}
 baseline = "known.json"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from initaudit.auditing.layers import layer_evidence, norm_parameters
+from initaudit.auditing.probing import Probed, probed, skipped
 from initaudit.auditing.recognition import in_company, with_recognition
 from initaudit.config import Config
 from initaudit.errors import InitauditError, LimitExceeded, UsageError
@@ -26,9 +27,6 @@ from initaudit.pair.pair import pair
 from initaudit.pair.records import Pair
 from initaudit.probe.graph_inputs import for_graph
 from initaudit.probe.inputs import for_module, load_data, match_data, parse_spec
-from initaudit.probe.run import probe
-from initaudit.probe.trace import Trace
-from initaudit.probe.verdict import Risk, judge
 from initaudit.rules.evidence import Evidence
 
 BATCH = 8  # examples of a probe: enough to compare them with each other, few enough to be done in a second or two
@@ -42,7 +40,9 @@ LOOPS, TRIPS = 5.0, 20_000  # seconds, and trips through all loops together
 
 @dataclass(frozen=True)
 class Program:
-    """A model as a graph with the inputs it is probed with; `no_probe` says why there are none."""
+    """A model as a graph with the inputs it is probed with; `no_probe` says why there are none.
+
+    `synthetic` inputs were made up."""
 
     checkpoint: Checkpoint
     config: Config
@@ -50,6 +50,7 @@ class Program:
     inputs: tuple[torch.Tensor, ...] | None
     no_probe: str
     progress: Callable[[str], None]
+    synthetic: bool = False
 
     @property
     def budget(self) -> Budget:
@@ -61,31 +62,36 @@ class Program:
         self.progress("pairing weights with activations")
         with metered(self.budget):
             pairs: tuple[Pair, ...] = pair(self.graph)
-        trace, risk, reason = self._probe()
-        layers = layer_evidence(self.graph, pairs, self.checkpoint, tensors, trace)
+        seen = self._probe()
+        layers = layer_evidence(self.graph, pairs, self.checkpoint, tensors, seen.trace)
         layers = with_recognition(layers, self.checkpoint.arrays)
         phase, layers = in_company(layers, self.checkpoint.arrays, tensors, norm_parameters(self.graph), self.config)
-        return Evidence(self.checkpoint, self.config, phase, layers, tensors, self.graph, trace, risk, reason)
+        return Evidence(
+            checkpoint=self.checkpoint,
+            config=self.config,
+            phase=phase,
+            layers=layers,
+            tensors=tensors,
+            graph=self.graph,
+            trace=seen.trace,
+            risk=seen.risk,
+            no_probe=seen.no_probe,
+            prediction=seen.prediction,
+            risk_spread=seen.spread,
+        )
 
-    def _probe(self) -> tuple[Trace | None, Risk | None, str]:
+    def _probe(self) -> Probed:
         if not self.config.probe:
-            return None, None, "--no-probe was given"
+            return Probed(no_probe="--no-probe was given")
         if self.inputs is None or self.no_probe:
-            return None, None, self.no_probe
+            return skipped(self.graph, self.no_probe, self.budget)
         values = sum(a.size for a in {a.storage or a.name: a for a in self.checkpoint.arrays.values()}.values())
         if values > PROBED and "probe" not in self.config.origin:
-            return None, None, f"{values:,} values would take minutes to probe (ask for it with --probe)"
+            why = f"{values:,} values would take minutes to probe (ask for it with --probe)"
+            return skipped(self.graph, why, self.budget)
         self.progress("probing")
         device = _device(self.config.device)
-        try:
-            with metered(self.budget):
-                trace = probe(self.graph, self.inputs, seed=self.config.seed, device=device)
-        except (InitauditError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            # What a graph does with inputs that nobody promised to fit is the graph's matter: said, not raised.
-            return None, None, "the probe stopped: " + " ".join(str(error).split())[:200]
-        if trace.unknown and not trace.parameters:
-            return trace, None, "no output could be computed: " + next(iter(trace.unknown.values()))
-        return trace, judge(self.graph, trace), ""
+        return probed(self.graph, self.inputs, self.config, self.budget, device=device, synthetic=self.synthetic)
 
 
 def budget_of(checkpoint: Checkpoint) -> Budget:
@@ -120,6 +126,7 @@ def _module(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Calla
     if inputs is None and config.data is not None:
         data = load_data(config.data)
         inputs = tuple(data.values()) if "" in data or not _names_all(module, data) else data
+    synthetic = inputs is None
     if inputs is None:
         progress("finding inputs")
         shapes = {name: parse_spec(name, text) for name, text in config.inputs.items()}
@@ -130,7 +137,7 @@ def _module(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Calla
         inputs = (inputs,)
     progress("tracing")
     graph = from_module(module, tuple(inputs), keywords)
-    return Program(checkpoint, config, graph, graph.examples, "", progress)
+    return Program(checkpoint, config, graph, graph.examples, "", progress, synthetic)
 
 
 def _names_all(module: nn.Module, data: Mapping[str, Any]) -> bool:
@@ -154,7 +161,8 @@ def _onnx(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callabl
     if (refused := graph.refused or _swells(graph, budget.shape_elements)) and config.probe:
         raise LimitExceeded(checkpoint.source, f"running it would take more than any network needs ({refused})")
     reason = _integers(graph) or _swells(graph, budget.elements, ALL_OUTPUTS)
-    return Program(checkpoint, config, graph, given, reason, progress)
+    synthetic = inputs is None and config.data is None
+    return Program(checkpoint, config, graph, given, reason, progress, synthetic)
 
 
 def _swells(graph: Graph, most: int, together: float = math.inf) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from initaudit.auditing.gains import Gains
+from initaudit.auditing.probing import summary
+from initaudit.auditing.whole import probe_report
 from initaudit.measure.against import KINDS
 from initaudit.measure.moments import Moments
+from initaudit.probe.trace import Units
 from initaudit.report.report import Activation, Layer, ModelReport, Verdict
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.rule import Finding
@@ -33,10 +36,11 @@ def model_report(evidence: Evidence, findings: Sequence[Finding]) -> ModelReport
         },
         layers=tuple(_layer(evidence, layer) for layer in evidence.layers),
         findings=tuple(findings),
-        depth=tuple(_depth(layer) for layer in evidence.layers) if evidence.trace is not None else (),
-        notes=(*_against(evidence), *evidence.checkpoint.notes, *graph_notes),
+        depth=_depths(evidence),
+        notes=(*_against(evidence), *_probe_notes(evidence), *evidence.checkpoint.notes, *graph_notes),
         changes=_changes(evidence),
         cause=risk.cause if risk is not None else "",
+        probe=probe_report(evidence),
     )
 
 
@@ -55,10 +59,32 @@ def _against(evidence: Evidence) -> tuple[str, ...]:
     return (f"against {evidence.base.source}: {counts or 'no tensor in common'}{prefix}",)
 
 
+def _probe_notes(evidence: Evidence) -> Iterator[str]:
+    """What was asked of the probe beyond one run, in words."""
+    if evidence.trace is not None and evidence.trace.rehearsal is not None:
+        yield from summary(evidence.trace.rehearsal)
+    if evidence.risk_spread:
+        wide, most = max(evidence.risk_spread.items(), key=lambda item: item[1])
+        yield (
+            f"over {evidence.config.probe_seeds} seeds the risks scatter with a standard deviation of at most {most:.2g} "
+            f"({wide.replace('_', ' with ')})"
+        )
+
+
 def verdict_of(findings: Sequence[Finding]) -> Verdict:
     """fail with an error, warn with a warning, else pass."""
     worst = {f.severity for f in findings}
     return "fail" if "error" in worst else "warn" if "warning" in worst else "pass"
+
+
+def _depths(evidence: Evidence) -> tuple[tuple[float | None, float | None], ...]:
+    """Measured, or else predicted, at each weight."""
+    if evidence.trace is not None:
+        return tuple(_depth(layer) for layer in evidence.layers)
+    if evidence.prediction is None:
+        return ()
+    held = evidence.prediction.fields
+    return tuple((held[x.pair.node].moment2 if x.pair.node in held else None, None) for x in evidence.layers)
 
 
 def _depth(layer: LayerEvidence) -> tuple[float | None, float | None]:
@@ -131,6 +157,7 @@ def _probe(evidence: Evidence, layer: LayerEvidence) -> dict[str, Any]:
     if not layer.records or evidence.trace is None:
         return {}
     record = layer.records[0]
+    output = evidence.trace.signals.get(record.node)
     signals = [evidence.trace.signals[f.node] for f in layer.feeds if f.node in evidence.trace.signals]
     dead = [s.dead for s in signals if s.dead is not None]
     saturated = [s.saturated for s in signals if s.saturated is not None]
@@ -140,6 +167,19 @@ def _probe(evidence: Evidence, layer: LayerEvidence) -> dict[str, Any]:
         "gradient_moment2": record.output_gradient_moment2,
         "weight_gradient_norm": math.sqrt(sum(g * g for g in gradients)) if gradients else None,
         "trust_ratio": record.trust_ratio,
+        "sgd_update": record.sgd_update,
+        "adam_update": record.adam_update,
         "dead": max(dead, default=None),
         "saturated": max(saturated, default=None),
+        **{name: getattr(output, name) if output is not None else None for name in _OF_SIGNAL},
+        **_of_units(record.units),
     }
+
+
+# What is said of the signal that a weight's operator puts out.
+_OF_SIGNAL = ("mean", "peak", "cosine", "spread", "rank", "token_cosine", "token_rank")
+
+
+def _of_units(units: Units | None) -> dict[str, float | None]:
+    names = ("count", "distinct_values", "distinct_gradients", "distinct")
+    return {f"units_{name}": getattr(units, name) if units is not None else None for name in names}

@@ -27,6 +27,7 @@ from initaudit.probe.fields import NONE, Draws, Field, draws
 from initaudit.probe.mixing import MASK, NoFormula
 
 _EPS = 1e-5
+_MAP = 1 << 22  # elements
 _MIXING = {
     "softmax": mixing.softmax,
     "attention": mixing.attention,
@@ -63,7 +64,17 @@ def _is_softmax(node: fx.Node) -> bool:
 
 
 # What evaluating a piece of a stranger's graph on a grid may raise.
-_FAILURES = (InitauditError, RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AssertionError)
+_FAILURES = (
+    InitauditError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    AssertionError,
+    MemoryError,
+)
 
 
 class Walk:
@@ -274,6 +285,8 @@ class Walk:
         if "k" not in use.use.axes or use.use.axes[0] != "o" or before is None or len(before) != len(shape):
             return 1.0
         groups, taps = use.use.groups, shape[2:]
+        if groups * math.prod(before[2:]) > _MAP:
+            return 1.0  # the border of so large a map is a small part of it
         values: dict[fx.Node, Any] = {
             source: torch.ones(1, groups, *before[2:]),
             use.weight: torch.ones(groups, 1, *taps) / math.prod(taps),

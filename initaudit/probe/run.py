@@ -34,13 +34,13 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
     `Trace.unknown`, nodes whose value is not finite in `Trace.first_non_finite`; neither raises.
     """
     place = None if device is None else torch.device(device)
-    with _undisturbed(seed):
+    with undisturbed(seed):
         constant = constant_nodes(graph.fx)
         observer = SignalObserver(graph.fx, constant)
         sketch = GradientSketch(seed)
         along = TimeObserver(seed)
         run = Pass(graph, constant, device=place, observers=(observer, sketch, along))
-        given = _inputs(inputs, place)
+        given = floated(inputs, place)
         run.run(*given)
         ends, batch = run.ends(), batch_of(given)
         drawn = cotangents(ends, batch, torch.Generator().manual_seed(seed))
@@ -76,7 +76,7 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
 
 
 @contextlib.contextmanager
-def _undisturbed(seed: int) -> Iterator[None]:
+def undisturbed(seed: int) -> Iterator[None]:
     """The caller's random state, warnings and gradient mode stay as they are."""
     with torch.random.fork_rng(), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
@@ -84,7 +84,8 @@ def _undisturbed(seed: int) -> Iterator[None]:
         yield
 
 
-def _inputs(inputs: Sequence[Tensor], device: torch.device | None) -> list[Tensor]:
+def floated(inputs: Sequence[Tensor], device: torch.device | None) -> list[Tensor]:
+    """The inputs on the device, floating-point ones in float32."""
     moved = [x.detach() if device is None else x.detach().to(device) for x in inputs]
     return [x.float() if x.is_floating_point() else x for x in moved]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from initaudit.probe.measures import Measures
+    from initaudit.probe.rehearse import Rehearsal
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ class Trace:
     virtual_steps: int = 0
     time: tuple[TimeRecord, ...] = ()
     measures: Measures | None = None
+    rehearsal: Rehearsal | None = None
     response: tuple[Response, ...] = ()
 
     @property

@@ -69,6 +69,7 @@ def model_dict(model: ModelReport) -> dict[str, Any]:
         "notes": list(model.notes),
         "error": model.error,
         "depth": [{"signal_moment2": signal, "gradient_moment2": gradient} for signal, gradient in model.depth],
+        "probe": model.probe,
         "layers": [layer_dict(layer) for layer in model.layers],
         "findings": [finding_dict(finding) for finding in model.findings],
     }

@@ -52,9 +52,10 @@ class ModelReport:
     """One audited model, or one that could not be read (`error` is then its line and everything else is empty).
 
     `risk` has the keys symmetry, vanishing, exploding (0..1) and untrainable (a mapping with sgd and adam). `depth` is the
-    second moment of the signal and of its gradient at each weight in forward order (None where no probe ran). `changes` holds
-    the tensors by what became of them against the base ("identical", "trained on", ...), where one was given. `accepted` is how
-    many findings a baseline has taken out of `findings`.
+    second moment of the signal and of its gradient at each weight in forward order (None where no probe ran; the signal's may
+    be predicted). `changes` holds the tensors by what became of them against the base ("identical", "trained on", ...), where
+    one was given. `accepted` is how many findings a baseline has taken out of `findings`. `probe` has the keys of the JSON
+    schema.
     """
 
     source: str
@@ -67,6 +68,7 @@ class ModelReport:
     depth: tuple[tuple[float | None, float | None], ...] = ()
     notes: tuple[str, ...] = ()
     cause: str = ""
+    probe: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     changes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     accepted: int = 0

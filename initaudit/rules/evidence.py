@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from initaudit.graph.graph import Graph
     from initaudit.measure.against import Against
     from initaudit.pair.records import Feeds, Pair
+    from initaudit.probe.propagation import Prediction
     from initaudit.probe.trace import Trace, WeightRecord
     from initaudit.probe.verdict import Risk
 
@@ -63,8 +64,9 @@ class Evidence:
     """The evidence about one model.
 
     `layers` are in forward order. `tensors` holds the moments of every floating-point tensor of the checkpoint by name.
-    `graph`, `trace` and `risk` are None where there is no program, or no probe: `no_probe` then says why. `base` is what became
-    of the tensors of the checkpoint given by --base.
+    `graph`, `trace` and `risk` are None where there is no program, or no probe: `no_probe` then says why, and `prediction`
+    holds the moments that mean-field theory gives instead. `risk_spread` is the standard deviation of each risk over seeds.
+    `base` is what became of the tensors of the checkpoint given by --base.
     """
 
     checkpoint: Checkpoint
@@ -77,6 +79,8 @@ class Evidence:
     risk: Risk | None = None
     no_probe: str = ""
     base: Against | None = None
+    prediction: Prediction | None = field(default=None, repr=False)
+    risk_spread: Mapping[str, float] = field(default_factory=dict)
 
     def layer(self, tensor: str) -> LayerEvidence | None:
         """The first layer that uses a tensor of this name."""

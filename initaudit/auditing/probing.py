@@ -1,0 +1,115 @@
+"""The probe of one model: run as it was asked for, or why it was not, and what is predicted in its place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from initaudit.config import Config
+from initaudit.errors import InitauditError
+from initaudit.graph.graph import Graph
+from initaudit.onnx_ops.budget import Budget, metered
+from initaudit.probe.propagation import Prediction, propagate
+from initaudit.probe.rehearse import Rehearsal, rehearse
+from initaudit.probe.run import probe
+from initaudit.probe.trace import Trace
+from initaudit.probe.verdict import Risk, judge
+
+# What a graph does with inputs that nobody promised to fit is the graph's matter: said, not raised.
+_FAILURES = (InitauditError, RuntimeError, ValueError, TypeError, IndexError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A trace and the risk that it shows; or `no_probe`, the reason why there is none, and the moments predicted instead.
+
+    `spread` is the standard deviation of each risk over the seeds that were run, by name; empty for a single one.
+    """
+
+    trace: Trace | None = None
+    risk: Risk | None = None
+    no_probe: str = ""
+    prediction: Prediction | None = None
+    spread: Mapping[str, float] = field(default_factory=dict)
+
+
+def probed(
+    graph: Graph, inputs: Sequence[torch.Tensor], config: Config, budget: Budget, *, device: str | None, synthetic: bool
+) -> Probed:
+    """Probes `graph` on `inputs`, with `config.probe_seeds` seeds and a rehearsal where they are asked for.
+
+    Every further seed draws another cotangent, and another batch where the inputs are `synthetic`.
+    """
+    try:
+        with metered(budget):
+            trace = probe(graph, inputs, seed=config.seed, device=device)
+            if trace.unknown and not trace.parameters:
+                why = "no output could be computed: " + next(iter(trace.unknown.values()))
+                return Probed(trace, None, why, predicted(graph, budget))
+            if config.rehearse:
+                rehearsal = rehearse(graph, inputs, config.rehearse, seed=config.seed, device=device, loss=config.loss)
+                trace = replace(trace, rehearsal=rehearsal)
+            risks = [judge(graph, trace)]
+            for seed in range(config.seed + 1, config.seed + config.probe_seeds):
+                batch = _redrawn(inputs, seed) if synthetic else inputs
+                risks.append(judge(graph, probe(graph, batch, seed=seed, device=device)))
+    except _FAILURES as error:
+        return skipped(graph, "the probe stopped: " + " ".join(str(error).split())[:200], budget)
+    return Probed(trace, risks[0], "", None, dict(_spread(risks)))
+
+
+def skipped(graph: Graph, why: str, budget: Budget) -> Probed:
+    """No probe, and what mean-field theory says instead."""
+    return Probed(no_probe=why, prediction=predicted(graph, budget))
+
+
+def predicted(graph: Graph, budget: Budget) -> Prediction | None:
+    """The moments that the weights alone predict; None where nothing can be told."""
+    try:
+        with metered(budget):
+            prediction = propagate(graph)
+    except _FAILURES:
+        return None
+    return prediction if prediction.fields else None
+
+
+def summary(rehearsal: Rehearsal) -> Iterator[str]:
+    """What a rehearsal came to, a line an optimizer."""
+    if rehearsal.why_not:
+        yield f"rehearsal: not run, {rehearsal.why_not}"
+    for optimizer in dict.fromkeys(r.optimizer for r in rehearsal.runs):
+        parts = []
+        for run in (r for r in rehearsal.runs if r.optimizer == optimizer):
+            if run.broke_at is not None:
+                where = f" from {run.broke_in} on" if run.broke_in else ""
+                parts.append(f"at rate {run.rate:g} not finite after {run.broke_at} steps{where}")
+                continue
+            kept = "" if run.remembered is None else f", {run.remembered:.0%} of the labels"
+            parts.append(f"at rate {run.rate:g} the loss went from {run.first_loss:.3g} to {run.last_loss:.3g}{kept}")
+        verdict = "learned" if rehearsal.learned(optimizer) else "did not learn"
+        what = f"rehearsal of {rehearsal.steps} steps on {rehearsal.examples} examples"
+        yield f"{what}: {optimizer} {verdict}; " + "; ".join(parts)
+
+
+def _redrawn(inputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Another made-up batch: numbers are drawn anew, ids change places, so that each stays within its table."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = []
+    for x in inputs:
+        if x.is_floating_point():
+            drawn.append(torch.randn(x.shape, generator=generator).to(x.dtype))
+        else:
+            drawn.append(x.flatten()[torch.randperm(x.numel(), generator=generator)].view(x.shape))
+    return drawn
+
+
+def _spread(risks: Sequence[Risk]) -> Iterator[tuple[str, float]]:
+    if len(risks) < 2:
+        return
+    for name in ("symmetry", "vanishing", "exploding", "untrainable_sgd", "untrainable_adam"):
+        values = [float(getattr(r, name)) for r in risks]
+        mean = sum(values) / len(values)
+        yield name, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
