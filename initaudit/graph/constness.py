@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from initaudit.graph.calls import role_of, signal_inputs, weight_uses
+from initaudit.graph.calls import arguments, role_of, signal_inputs, weight_uses
+from initaudit.graph.graph import shape_of
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -33,9 +34,50 @@ def constant_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
             continue
         as_weight = {use.weight for use in weight_uses(node, constant)}
         for signal in signal_inputs(node):
-            if signal in constant and signal not in as_weight:
+            # What a product with a live value reads is a weight, unless a layer made it: learned queries, relative positions.
+            if signal in constant and (signal not in as_weight or _from_layer(signal, constant)):
                 _mark_live(signal, constant, live, seen)
     return frozenset(constant - live)
+
+
+def _from_layer(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Whether a layer with a bias made this constant, seen through changes of layout. No weight is made by adding a vector."""
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        current = stack.pop()
+        if current in seen or current.op != "call_function":
+            continue
+        seen.add(current)
+        if _biased(current, constant):
+            return True
+        if role_of(current).kind in ("passthrough", "merge"):
+            stack += signal_inputs(current)
+    return False
+
+
+def _biased(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Whether a call is a layer among constants: a product and the addition of a vector, in one operator or in two."""
+    role, inputs = role_of(node), node.all_input_nodes
+    if not all(a in constant for a in inputs):
+        return False
+    if role.kind == "contraction":
+        return any(_is_vector(b) for name in ("bias", "c") for b in [arguments(node).get(name)])
+    if str(getattr(node.target, "__name__", "")).lower().partition(".")[0] != "add":
+        return False
+    products = [a for a in inputs if a.op == "call_function" and role_of(a).kind == "contraction"]
+    return bool(products) and any(_is_vector(a) for a in inputs)
+
+
+def _bias_follows(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Whether a product of two constants is a layer's, by the vector that is added to it."""
+    if node.op != "call_function" or role_of(node).kind != "contraction":
+        return False
+    return _biased(node, constant) or any(u.op == "call_function" and _biased(u, constant) for u in node.users)
+
+
+def _is_vector(value: object) -> bool:
+    shape = shape_of(value) if isinstance(value, fx.Node) else None
+    return shape is not None and len(shape) == 1 and shape[0] > 1
 
 
 def _mark_live(node: fx.Node, constant: set[fx.Node], live: set[fx.Node], seen: dict[fx.Node, bool]) -> bool:
@@ -54,7 +96,8 @@ def _mark_live(node: fx.Node, constant: set[fx.Node], live: set[fx.Node], seen: 
         stack.extend(a for a in current.all_input_nodes if a not in as_weight)
     for current in sorted(order):
         layer = current.op == "call_function" and role_of(current).kind in ("contraction", "embedding", "recurrent")
-        seen[current] = (layer and bool(weight_uses(current, constant))) or any(seen.get(a) for a in current.all_input_nodes)
+        layer = (layer and bool(weight_uses(current, constant))) or _bias_follows(current, constant)
+        seen[current] = layer or any(seen.get(a) for a in current.all_input_nodes)
         if seen[current]:
             live.add(current)
     return seen[node]

@@ -75,13 +75,13 @@ class Builder:
         found = self.arrays.get(f"{where}/{name}") if where else None
         return found if found is not None or "::" in where else self.arrays.get(name)
 
-    def constant(self, array: Array) -> fx.Node:
-        """A node that reads `array`."""
+    def constant(self, array: Array, written: bool = False) -> fx.Node:
+        """A node that reads `array`; `written` where a Constant node holds it, as exporters write the numbers of a program."""
         dtype = torch_dtype(array.dtype)
         floating = dtype.is_floating_point
         single = array.size == 1 and len(array.shape) < 2
         kind: Any = "parameter" if floating and not single else "literal"
-        if kind == "literal" and floating and not bool(literal(array).any()):
+        if kind == "literal" and floating and not written and not bool(literal(array).any()):
             kind = "parameter"  # a factor of zero that nobody folded away is a gate that training opens
         if array.name not in self.constants:
             self.constants[array.name] = Constant(
@@ -170,7 +170,7 @@ class Builder:
                 return
             held = numpy_helper.to_array(data) if value.name == "value" else _as_numpy(value.name, data)
             array = Array(names.prefix + node.output[0], tuple(held.shape), str(held.dtype), lambda: held)
-        names.values[node.output[0]] = self.constant(array)
+        names.values[node.output[0]] = self.constant(array, written=True)
 
     def _known(
         self, known: registry.Operator, node: NodeProto, index: int, given: list[Any], names: Names, location: Location

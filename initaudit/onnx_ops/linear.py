@@ -23,9 +23,9 @@ def matmul_axes(rank: int, right: bool, transposed: bool = False) -> tuple[str, 
 def matmul_weights(
     call: Mapping[str, Any], left: str = "a", right: str = "b", bias: str | None = None
 ) -> tuple[WeightUse, ...]:
-    """The constant operand of a matrix product, where just one of the two is constant."""
+    """The constant operand of a matrix product; of two constants (a table sent through a layer) that on the right."""
     a, b = call[left], call[right]
-    if a.constant == b.constant:
+    if not (a.constant or b.constant):
         return ()
     name, used = (right, b) if b.constant else (left, a)
     if not used.shape:
