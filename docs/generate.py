@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from reference_pages import api_page, json_page
 
 from initaudit.cli import HELP, cli
 from initaudit.report import formats
@@ -40,6 +41,8 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "rules/README.md", index_page()
     yield "cli.md", cli_page()
     yield "formats.md", formats_page()
+    yield "reference/api.md", api_page(NOTE)
+    yield "reference/json.md", json_page(HERE / "report.schema.json", NOTE)
 
 
 def rule_page(rule: Rule) -> str:
@@ -133,7 +136,8 @@ def main(arguments: list[str]) -> int:
         for path in (*stale, *orphans):
             click.echo(f"docs/{path} is out of date: run python docs/generate.py")
         return 1 if stale or orphans else 0
-    (HERE / "rules").mkdir(exist_ok=True)
+    for folder in ("rules", "reference"):
+        (HERE / folder).mkdir(exist_ok=True)
     for path in stale:
         (HERE / path).write_text(wanted[path], "utf-8")
     for path in orphans:

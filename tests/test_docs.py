@@ -164,3 +164,23 @@ def test_ci_runs_the_tests_as_the_readme_does():
     assert "pytest" in commands[1]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert shell("bash -n .ci/run").returncode == 0
+
+
+def test_the_site_leads_to_every_page():
+    yaml = pytest.importorskip("yaml")
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+    assert site["strict"] is True
+
+    def leaves(entries):
+        for entry in entries:
+            for value in entry.values() if isinstance(entry, dict) else [entry]:
+                yield from leaves(value) if isinstance(value, list) else [value]
+
+    shown = set(leaves(site["nav"]))
+    assert [page for page in shown if not (ROOT / "docs" / page).is_file()] == []
+    top = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert top <= shown, "a page that nothing leads to"
+    for folder in ("rules", "methods"):
+        index = (ROOT / "docs" / folder / "README.md").read_text("utf-8")
+        assert all(f"]({page.name})" in index for page in (ROOT / "docs" / folder).glob("*.md") if page.name != "README.md")
+    assert "mkdocs build --strict" in (ROOT / ".ci" / "run").read_text("utf-8")
