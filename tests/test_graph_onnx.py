@@ -16,7 +16,7 @@ from initaudit.errors import UnreadableModel
 from initaudit.graph.execute import Executor, specialise
 from initaudit.graph.from_onnx import from_onnx
 from initaudit.graph.graph import Graph
-from initaudit.load import load_proto
+from initaudit.load import load, load_proto
 from initaudit.pair.pair import pair
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
@@ -222,6 +222,38 @@ def test_a_weight_behind_a_chain(name):
     if not stored:
         parts = [t.name for t in tensors if t.data_type == FLOAT]
         assert sorted(p.constants) == sorted(parts) or name in ("constant_floats", "constant_of_shape")
+
+
+def test_weights_of_a_sparse_initializer_and_of_another_file(tmp_path):
+    """One of few values among zeros, one that stands outside of the file: their own names, shapes and fans."""
+    where = np.int64([3, 17, 40])
+    sparse = helper.make_sparse_tensor(tensor("v", np.float32([1, -2, 0.5])), tensor("i", where), [IN, OUT])
+    made = model([*PRODUCT[:1], node("MatMul", "h o", "y")], [tensor("o", normal(OUT, 4))])
+    made.graph.sparse_initializer.append(sparse)
+    path = tmp_path / "model.onnx"
+    onnx.save(made, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    checkpoint = load(path)
+    assert checkpoint.problems == ()
+    assert (tmp_path / "weights.bin").stat().st_size == 4 * OUT * 4
+    x = torch.from_numpy(normal(3, IN, seed=7))
+    graph = specialise(from_onnx(checkpoint.program, checkpoint.arrays), (x,))
+    first, second = pair(graph)
+    assert (first.tensor, first.shape, "".join(first.axes), first.fan_in, first.fan_out) == ("v", (IN, OUT), "io", IN, OUT)
+    assert (second.tensor, second.shape, second.fan_in, second.fan_out, second.stored) == ("o", (OUT, 4), OUT, 4, True)
+    dense = np.zeros(IN * OUT, np.float32)
+    dense[where] = [1, -2, 0.5]
+    (y,) = Executor(graph).run(x)
+    np.testing.assert_allclose(y.detach(), x.numpy() @ dense.reshape(IN, OUT) @ normal(OUT, 4), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_weight_quantised_along_an_axis_and_transposed(axis):
+    """What the scale lies along is an axis of the stored tensor, whichever way the product reads it."""
+    scale = np.linspace(0.005, 0.02, (OUT, IN)[axis]).astype(np.float32)
+    stored = np.random.default_rng(0).integers(-99, 99, (OUT, IN)).astype(np.int8)
+    nodes = [node("DequantizeLinear", "w s", "d", axis=axis), node("Transpose", "d", "v", perm=[1, 0]), *PRODUCT]
+    (p,) = pair(run(model(nodes, [tensor("w", stored), tensor("s", scale)])))
+    assert (p.tensor, p.shape, "".join(p.axes), p.fan_in, p.fan_out, p.stored) == ("w", (OUT, IN), "oi", IN, OUT, True)
 
 
 def test_packed_projections_share_their_tensor():

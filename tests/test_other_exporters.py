@@ -191,3 +191,19 @@ def test_classical_machine_learning_around_a_network():
     assert {layer.tensor for layer in audit.layers} <= {"coefficient0", "coefficient1", "coefficient2"}
     assert len(audit.layers) == 3
     assert [layer.observed["variance"] for layer in audit.layers] == pytest.approx([2 / 48, 2 / 64, 2 / 35], rel=0.2)
+
+
+def test_an_operator_that_is_not_known_cuts_no_gradient_off():
+    """What lies on either side of it gets none in the probe; nobody says that it never will."""
+    w, value = Writer(), "input"
+    for n in range(4):
+        value = w.op("MatMul", value, w.hold(f"w{n}", w.rng.normal(size=(16, 16)) * np.sqrt(2 / 16)))
+        value = w.op("Relu", w.op("Add", value, w.hold(f"b{n}", np.zeros(16))))
+        if n == 1:
+            value = w.op("Mystery", value, domain="ai.example")
+    audit = initaudit.audit(w.model(["batch", 16], value, 17, ["ai.example"]))
+    codes = {f.code: f.severity for f in audit.findings}
+    assert audit.verdict == "pass"
+    assert codes["IA002"] == "info"
+    assert "IA311" not in codes
+    assert [layer.tensor for layer in audit.layers] == ["w0", "w1", "w2", "w3"]
