@@ -61,7 +61,7 @@ def worst_stretch(powers: list[tuple[str, float]], *, falls: bool) -> Stretch | 
 
 def cause_of(graph: Graph, trace: Trace, symmetry: float, weighed: Mapping[str, float], least: float) -> str:
     """One sentence. `weighed` holds each feature's part in the score, `least` the decades from which a change is a cause."""
-    sites = {n.name: location_of(n).site or n.name for n in graph.fx.nodes}
+    sites = _sites(graph)
     for place, what in ((trace.first_non_finite, "signal"), (trace.first_non_finite_gradient, "gradient")):
         if place is not None and trace.broken:
             return f"the {what} is not finite from {sites.get(place, place)} on"
@@ -77,6 +77,15 @@ def cause_of(graph: Graph, trace: Trace, symmetry: float, weighed: Mapping[str, 
     if symmetry > 0:
         return f"{symmetry:.0%} of the units of a layer are copies of each other"
     return ""
+
+
+def moving(graph: Graph, trace: Trace, change: str, least: float) -> str:
+    """ "the gradient loses a factor 3.1 per block from 9 back to 0", for one of `changes`; empty below `least` decades."""
+    return _moving(trace, change, _sites(graph), least)
+
+
+def _sites(graph: Graph) -> Mapping[str, str]:
+    return {n.name: location_of(n).site or n.name for n in graph.fx.nodes}
 
 
 def _sentence(trace: Trace, feature: str, sites: Mapping[str, str]) -> str:
@@ -109,12 +118,11 @@ def _stepped(trace: Trace) -> str:
     return f"; {STEPS} virtual steps of any customary size leave {min(left):.2g} of the loss of guessing"
 
 
-def _moving(trace: Trace, change: str, sites: Mapping[str, str]) -> str:
-    """ "the gradient loses a factor 3.1 per block from 9 back to 0"; empty where it does not."""
+def _moving(trace: Trace, change: str, sites: Mapping[str, str], least: float = 0.0) -> str:
     what, falls = change.split("_")[0], change.endswith("loss")
     way = signal_powers(trace) if what == "signal" else gradient_powers(trace)[::-1]
     found = worst_stretch([(sites.get(node, node), power) for node, power in way], falls=falls)
-    if found is None:
+    if found is None or found.decades < least:
         return ""
     verb, back = "loses" if falls else "gains", "" if what == "signal" else "back "
     if found.steps == 1:

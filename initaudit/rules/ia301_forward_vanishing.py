@@ -9,7 +9,7 @@ from initaudit.rules.examples import convs, example, linear, mlp
 from initaudit.rules.health import SIGNAL, below, health
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import initial, names, power, ratio_of
+from initaudit.rules.support import initial, names, power, rate, ratio_of
 
 
 class ForwardVanishing(Rule):
@@ -46,7 +46,7 @@ class ForwardVanishing(Rule):
             f"{len(state.layers)} "
             f"layers (1 would keep it, healthy networks keep more than 0.01); the weights of {names(small)} are small for "
             "their "
-            "activations, and the last layers learn nothing about the inputs",
+            "activations, and the last layers learn nothing about the inputs" + rate(evidence, "signal_loss", state.signal),
             init_line(small[0]),
             severity=level,
             measured=state.signal,

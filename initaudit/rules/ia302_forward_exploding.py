@@ -9,7 +9,7 @@ from initaudit.rules.examples import convs, example, mlp
 from initaudit.rules.health import health
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, initial, power
+from initaudit.rules.support import fields, initial, power, rate
 
 
 class ForwardExploding(Rule):
@@ -43,7 +43,8 @@ class ForwardExploding(Rule):
         yield self.finding(
             f"the signal's second moment has grown {power(state.growth)}-fold at {layer.tensor}, after {len(state.layers)} "
             "layers (healthy "
-            "networks stay below 10); the first steps of any optimizer overshoot, and half precision overflows",
+            "networks stay below 10); the first steps of any optimizer overshoot, and half precision overflows"
+            + rate(evidence, "signal_growth", state.growth),
             init_line(layer),
             severity=state.growing,
             measured=state.growth,

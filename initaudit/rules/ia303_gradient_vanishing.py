@@ -9,7 +9,7 @@ from initaudit.rules.examples import example, mlp, residual
 from initaudit.rules.health import GRADIENT, below, health
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import activation_of, fields, initial, power
+from initaudit.rules.support import activation_of, fields, initial, power, rate
 
 
 class GradientVanishing(Rule):
@@ -45,7 +45,8 @@ class GradientVanishing(Rule):
             f"{len(state.layers)} layers before "
             f"it (healthy networks keep more than 0.001; the activation here is {activation_of(layer)}): the first layers "
             "keep their random "
-            "values, as SGD cannot move them and Adam amplifies rounding errors",
+            "values, as SGD cannot move them and Adam amplifies rounding errors"
+            + rate(evidence, "gradient_loss", state.gradient),
             init_line(layer),
             severity=level,
             measured=state.gradient,

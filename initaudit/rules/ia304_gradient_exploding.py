@@ -9,7 +9,7 @@ from initaudit.rules.examples import example, mlp, residual
 from initaudit.rules.health import health
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, initial, power
+from initaudit.rules.support import fields, initial, power, rate
 
 
 class GradientExploding(Rule):
@@ -43,7 +43,8 @@ class GradientExploding(Rule):
         yield self.finding(
             f"the gradient's power at the input of {layer.tensor} is {power(state.gradient_growth)} times that at the "
             "output layer (healthy "
-            "networks stay below 100): no learning rate fits both, and one step at a usual one destroys the first layers",
+            "networks stay below 100): no learning rate fits both, and one step at a usual one destroys the first layers"
+            + rate(evidence, "gradient_growth", state.gradient_growth),
             init_line(layer),
             severity=level,
             measured=state.gradient_growth,

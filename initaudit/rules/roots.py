@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.rule import SEVERITIES, Finding
 
-_SIGNAL = ("IA301", "IA302", "IA303", "IA304", "IA305", "IA306", "IA307", "IA308", "IA309", "IA310", "IA311", "IA312")
-_DIES = ("IA301", "IA303", "IA305", "IA307", "IA311", "IA312")
-_GROWS = ("IA302", "IA304", "IA305", "IA306", "IA307", "IA308", "IA309", "IA310", "IA312")
+_SIGNAL = ("IA301", "IA302", "IA303", "IA304", "IA305", "IA306", "IA307", "IA308", "IA309", "IA310", "IA311", "IA312", "IA313")
+_DIES = ("IA301", "IA303", "IA305", "IA307", "IA311", "IA312", "IA313")
+_GROWS = ("IA302", "IA304", "IA305", "IA306", "IA307", "IA308", "IA309", "IA310", "IA312", "IA313")
 _VALUES = ("IA101", "IA102", "IA103", "IA104", "IA105", "IA107", "IA108", "IA109", "IA110", "IA202", "IA204", "IA205", "IA402")
 
 # For each cause the findings that follow from it anywhere in the network, and those that follow for the same tensors. Earlier
@@ -34,20 +34,24 @@ CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IA105", (*_DIES, "IA101"), ("IA101", "IA103", "IA109")),
     ("IA110", _DIES, ("IA101", "IA103")),
     ("IA103", (*_DIES, *_GROWS), ("IA101", "IA102")),
-    ("IA402", ("IA302", "IA304", "IA310", "IA308"), ("IA102", "IA109", "IA108")),
+    ("IA402", ("IA302", "IA304", "IA310", "IA308", "IA313"), ("IA102", "IA109", "IA108")),
     ("IA601", ("IA310",), ("IA102", "IA109", "IA501")),
     ("IA102", _GROWS, ("IA109",)),
     ("IA101", _DIES, ("IA109",)),
-    ("IA204", ("IA305",), ("IA202", "IA205")),
-    ("IA202", (), ("IA205",)),
-    ("IA205", ("IA307",), ()),
+    ("IA204", ("IA305", "IA313"), ("IA202", "IA205")),
+    ("IA202", ("IA313",), ("IA205",)),
+    ("IA205", ("IA307", "IA313"), ()),
     # Without a cause among the weights the worst symptom speaks for the others.
-    ("IA311", ("IA301", "IA303", "IA305", "IA307"), ()),
-    ("IA301", ("IA303", "IA307"), ()),
-    ("IA303", ("IA307",), ()),
-    ("IA302", ("IA304", "IA308", "IA310"), ()),
-    ("IA304", ("IA308",), ()),
-    ("IA306", ("IA308",), ()),
+    ("IA311", ("IA301", "IA303", "IA305", "IA307", "IA313"), ()),
+    ("IA301", ("IA303", "IA307", "IA313"), ()),
+    ("IA303", ("IA307", "IA313"), ()),
+    ("IA302", ("IA304", "IA308", "IA310", "IA313"), ()),
+    ("IA304", ("IA308", "IA313"), ()),
+    ("IA306", ("IA308", "IA313"), ()),
+    ("IA305", ("IA313",), ()),
+    ("IA307", ("IA313",), ()),
+    ("IA308", ("IA313",), ()),
+    ("IA309", ("IA313",), ()),
 )
 
 

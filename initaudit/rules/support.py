@@ -84,6 +84,16 @@ def view(evidence: Evidence) -> View:
     return _view(_ById(evidence))
 
 
+def rate(evidence: Evidence, change: str, ratio: float) -> str:
+    """Where and how fast, where that explains half of the `ratio` in decades: "; the gradient loses a factor 3.1 per block"."""
+    if evidence.graph is None or evidence.trace is None or not 0 < ratio < math.inf:
+        return ""
+    from initaudit.probe.cause import moving
+
+    text = moving(evidence.graph, evidence.trace, change, abs(math.log10(ratio)) / 2)
+    return f"; {text}" if text else ""
+
+
 def is_fresh(evidence: Evidence, layer: LayerEvidence) -> bool:
     """Whether an initialization rule may judge this weight: no trained tensor is ever judged by how it was drawn."""
     if evidence.phase == "trained":
