@@ -14,7 +14,7 @@ from initaudit.roles import WeightUse
 # rounding of one product (normalised weights) lies between. Gradients are sums of up to a million float32 products in different
 # orders, with cancellation: 2**-24 * sqrt(1e6) = 6e-5. Rows that differ at all differ by far more.
 _VALUE, _GRADIENT = 1e-6, 1e-4
-_ROWS = 8192
+_ROWS = 65_536
 _SAFE = (1e-20, 1e30)
 
 
@@ -31,26 +31,30 @@ def rows(x: Tensor, use: WeightUse) -> Tensor | None:
     return flat
 
 
-def classes(matrix: Tensor, tolerance: float) -> Tensor:
-    """For every row the number of its class of equal rows.
+def keys_of(matrix: Tensor) -> Tensor | None:
+    """(rows, 8): the projections of every row on random directions, over the largest row's norm; None where there is none.
 
-    Rows are sorted by their projection on a random direction, which equal rows share, and cut where neighbours differ. A
-    difference of norm d projects to N(0, d²), so different rows pass for equal with a probability of about tolerance / d in one
-    direction; eight directions at once leave none.
+    Equal rows have equal projections. A difference of norm d projects to N(0, d²), so different rows pass for equal with a
+    probability of about tolerance / d in one direction; eight directions at once leave none.
     """
-    count = matrix.shape[0]
-    if count == 0 or matrix.numel() == 0:
-        return torch.zeros(count, dtype=torch.long)
+    if matrix.numel() == 0:
+        return None
     keys = matrix.float() @ _directions(matrix.shape[1]).to(matrix.device)
     top = keys.abs().max()
     if not _SAFE[0] < float(top) < _SAFE[1]:
         # Beyond the range in which float32 keeps its digits, or zero: the scale is taken out first.
         peak = matrix.abs().max()
         if not torch.isfinite(peak) or peak == 0:
-            return torch.zeros(count, dtype=torch.long)
+            return None
         keys = (matrix / peak).float() @ _directions(matrix.shape[1]).to(matrix.device)
     # Eight N(0, |row|²) numbers tell the largest row's norm within a quarter.
-    keys = keys / keys.square().mean(1).max().sqrt()
+    return keys / keys.square().mean(1).max().sqrt()
+
+
+def classes(keys: Tensor | None, tolerance: float, count: int) -> Tensor:
+    """For each of `count` rows the number of its class of equal rows: sorted by one key and cut where neighbours differ."""
+    if keys is None:
+        return torch.zeros(count, dtype=torch.long)
     order = torch.argsort(keys[:, 0])
     ordered = keys[order]
     new = (ordered[1:] - ordered[:-1]).abs().amax(1) > 4 * tolerance
@@ -65,21 +69,29 @@ def _directions(features: int) -> Tensor:
 
 
 def compare_units(weight: Tensor, gradient: Tensor, bias: Tensor | None, use: WeightUse) -> Units | None:
-    """How many units of a weight differ in values (and bias), in gradients, and in either."""
+    """How many units of a weight differ in values (and bias), in gradients, and in either.
+
+    A unit and its negative are the same unit behind an odd activation, if whatever reads them has opposite signs too: values,
+    bias and gradient then are all each other's negatives, which they are for no other pair.
+    """
     if "v" in use.axes:
         return None
     values, slopes = rows(weight.detach(), use), rows(gradient, use)
     if values is None or slopes is None or values.shape[0] > _ROWS or values.shape[0] < 2:
         return None
-    if bias is not None and bias.dim() == 1 and bias.numel() == values.shape[0]:
+    count = values.shape[0]
+    by_value, by_slope, by_bias = keys_of(values), keys_of(slopes), None
+    if bias is not None and bias.dim() == 1 and bias.numel() == count:
         # A bias stands apart from the weights' scale: it is compared on its own.
-        by_bias = classes(bias.detach().view(-1, 1), _VALUE)
-    else:
-        by_bias = torch.zeros(values.shape[0], dtype=torch.long)
-    by_value = torch.stack([classes(values, _VALUE), by_bias], 1)
-    by_gradient = classes(slopes, _GRADIENT)
-    both = torch.cat([by_value, by_gradient.view(-1, 1)], 1)
-    return Units(values.shape[0], _distinct(by_value), int(by_gradient.max()) + 1, _distinct(both))
+        by_bias = keys_of(bias.detach().view(-1, 1))
+    if by_value is not None:
+        # A row and its negative project to opposite sides: turned to one side, they are equal rows.
+        sign = torch.where(by_value[:, :1] < 0, -1.0, 1.0)
+        by_value, by_slope, by_bias = (None if k is None else k * sign for k in (by_value, by_slope, by_bias))
+    by_gradient = classes(by_slope, _GRADIENT, count)
+    by_value_and_bias = torch.stack([classes(by_value, _VALUE, count), classes(by_bias, _VALUE, count)], 1)
+    both = torch.cat([by_value_and_bias, by_gradient.view(-1, 1)], 1)
+    return Units(count, _distinct(by_value_and_bias), int(by_gradient.max()) + 1, _distinct(both))
 
 
 def _distinct(labels: Tensor) -> int:

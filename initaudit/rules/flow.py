@@ -165,10 +165,30 @@ class _Follow:
                     kept = _ratio(_norm2(self.signals[node.name]), _norm2(self.signals[user.name]))
                     if len(users) > 1:
                         kept = min(1.0, kept)  # what the other users send back is not this one's doing
+                if len(users) > 1:
+                    kept = self._beside_others(node, user, kept)
                 value = left[user.name] * kept
                 best = value if best is None else max(best, value)
             left[node.name] = 1.0 if best is None else best
         return left
+
+    def _beside_others(self, node: fx.Node, user: fx.Node, kept: float) -> float:
+        """What a node gets back beside one of its users that is a sum or a factor: the measured whole.
+
+        A sum sends all of its gradient back and a factor its square; whatever the node gets beyond is the other users' doing,
+        and belongs to the stream, whose gradient a norm behind the sum has divided by the size of all that was summed.
+        """
+        from initaudit.graph.calls import role_of
+
+        role, here, there = role_of(user), self.signals[node.name], self.signals[user.name]
+        if role.kind != "pointwise" or here.shape != there.shape or user in self.written:
+            return kept
+        name = (role.name or getattr(user.target, "__name__", "")).lower()
+        others = [a for a in user.all_input_nodes if a is not node]
+        factor = name in ("mul", "multiply", "div", "true_divide") and all(self._number(a) for a in others)
+        if factor or (name in ("add", "add_", "sum", "sub") and len(self.sources[user]) > 1):
+            return max(kept, _ratio(_norm2(here), _norm2(there)))
+        return kept
 
     def _gradient_growth(self) -> dict[str, float]:
         at_end = [g for n in self.ends if (g := _norm2(self.signals[n.name])) is not None and g > 0]

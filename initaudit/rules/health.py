@@ -88,6 +88,11 @@ def worst(*levels: Level) -> Level:
     return "error" if "error" in levels else "warning" if "warning" in levels else ""
 
 
+def _ended(layer: LayerEvidence) -> bool:
+    """Whether what stands behind a layer takes its growth away: a norm, or only periodic functions, which have no flat part."""
+    return normalised(layer) or (bool(layer.feeds) and all(f.activation.name in ("sin", "cos") for f in layer.feeds))
+
+
 def health(evidence: Evidence) -> Health:
     """The health of the network as the probe saw it; all ones where there was none, or its signal was not finite."""
     flow, trace = view(evidence).flow, evidence.trace
@@ -103,8 +108,8 @@ def health(evidence: Evidence) -> Health:
 
     gradients = [(min(found), x) for x in layers if (found := at(x, flow.gradient))]
     grown = [(max(found), x) for x in layers if (found := at(x, flow.gradient_growth))]
-    # A norm right behind a layer undoes its growth; one that comes later leaves the layers between to suffer from it.
-    sizes = [(flow.growth[x.pair.node], x) for x in layers if x.pair.node in flow.growth and not normalised(x)]
+    # A norm right behind a layer undoes its growth, as a sine does; one that comes later leaves the layers between to suffer.
+    sizes = [(flow.growth[x.pair.node], x) for x in layers if x.pair.node in flow.growth and not _ended(x)]
     low = min((g for g in gradients if g[0] > 0), key=lambda g: g[0], default=(1.0, None))
     high = max(grown, key=lambda g: g[0], default=(1.0, None))
     size = max(sizes, key=lambda g: g[0], default=(1.0, None))

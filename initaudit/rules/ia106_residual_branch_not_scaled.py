@@ -13,7 +13,7 @@ from initaudit.rules.examples import example, linear, residual
 from initaudit.rules.remedy import normal_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.structure import sum_behind
-from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, names, power, sigmas
+from initaudit.rules.support import SIGMAS, apart, error_of, fields, fresh_layers, initial, names, power, sigmas
 
 if TYPE_CHECKING:
     from torch import fx
@@ -102,6 +102,8 @@ class ResidualBranchNotScaled(Rule):
         """Branches of one kind were scaled, those of another were not."""
         count = len(stack.writers)
         scaled = [x for x in stack.writers if _scaled(x, stack.spread, count)]
+        if _follows_fans([*scaled, *unscaled, *stack.others], stack):
+            return
         # One layer that is left out of many is an odd one among its siblings.
         if len(scaled) + len(unscaled) < count or min(len(scaled), len(unscaled)) < count / 4:
             return
@@ -191,6 +193,18 @@ def _wrong(stack: _Stack) -> list[LayerEvidence]:
     found = [x for x in stack.others if _scaled(x, writer.moments.std, len(stack.writers))]
     by_fan = writer.moments.variance * writer.pair.fan_in
     return [x for x in found if abs(x.moments.variance * x.pair.fan_in / by_fan - 1) > 0.1]
+
+
+def _follows_fans(layers: list[LayerEvidence], stack: _Stack) -> bool:
+    """Whether most variances are one number over the fan-in, or over the sum of fans: another scheme, that scales by size."""
+    fans = [(x.pair.fan_in, x.pair.fan_out, x.pair.fan_in + x.pair.fan_out) for x in layers]
+    for law in range(3):
+        products = [x.moments.variance * by[law] for x, by in zip(layers, fans, strict=True)]
+        middle = sorted(products)[len(products) // 2]
+        off = [x for x, p in zip(layers, products, strict=True) if abs(apart(p, middle, error_of(x))) > SIGMAS]
+        if not any(x in off for x in stack.writers) and 4 * len(off) < len(layers):
+            return True
+    return False
 
 
 def _errors(layer: LayerEvidence, std: float) -> float:

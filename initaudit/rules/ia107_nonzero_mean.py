@@ -94,6 +94,10 @@ def _off(layer: LayerEvidence) -> bool:
     moments = layer.moments
     if not moments.m2 > 0 or not layer.pair.trainable or moments.count < 64 or to_output(layer):
         return False
+    # A depthwise kernel averages over its own channel: no two channels become alike by it.
+    inputs = math.prod(n for n, a in zip(layer.pair.shape, layer.pair.axes, strict=True) if a == "i")
+    if inputs == (layer.pair.groups if layer.pair.axes[0] == "i" else 1):
+        return False
     # Weights that are mostly exact zeros hold a pattern (identity, Dirac, masks), not a draw.
     if moments.zeros > moments.count / 2:
         return False

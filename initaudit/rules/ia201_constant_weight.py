@@ -103,5 +103,6 @@ def _zero(evidence: Evidence, layer: LayerEvidence) -> str:
 
 
 def _copies(layer: LayerEvidence) -> bool:
-    units = [r.units for r in layer.records if r.units is not None]
+    # Behind a zero head every gradient is zero, and equal, until the head has learnt.
+    units = [r.units for r in layer.records if r.units is not None and r.gradient_norm]
     return any(u.distinct == 1 and u.count > 1 for u in units)

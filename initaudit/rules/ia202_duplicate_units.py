@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from initaudit.measure.symmetry import duplicate_rows
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields
+from initaudit.rules.structure import readers
+from initaudit.rules.support import fields, initial
+
+if TYPE_CHECKING:
+    from initaudit.pair.records import Feeds
+
 
 # A unit of fewer weights can be equal to another by chance where values are rounded to 16 bits.
 _LEAST = 4
 # Shares of copies from which they cost capacity worth a warning, and from which the layer is broken.
 _SOME, _MANY = 0.02, 0.1
+# Rows whose difference is this share of their norm are the same but for rounding.
+_NEAR = 1e-6
 
 
 class DuplicateUnits(Rule):
     """Units with the same incoming weights get the same gradient, so that they stay copies for ever.
 
-    What it does: counts units (rows along the output) that have equal values, equal biases and equal gradients in the probe.
-    Equal values alone are not reported: different outgoing weights tell copies apart at the first step.
+    What it does: counts units (rows along the output) that have equal values (within a millionth), equal biases and equal
+    gradients in the probe, whatever their order; a unit and its negative count as equal where their gradients are each other's
+    negatives too, as behind tanh. Without a probe the outgoing weights are compared. Equal values alone are not reported:
+    different outgoing weights tell copies apart at the first step.
 
     Why it is bad: a thousand units of which half are copies are five hundred, at the cost of a thousand.
 
@@ -43,10 +53,15 @@ class DuplicateUnits(Rule):
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each weight."""
         trace = evidence.trace
-        if trace is None or trace.broken:
+        if trace is None:
+            yield from self._unprobed(evidence)
+            return
+        if trace.broken:
             return
         for layer in evidence.layers:
-            units = next((r.units for r in layer.records if r.units is not None), None)
+            # Copies at one place of use that differ at another are none.
+            seen = [r.units for r in layer.records if r.units is not None and r.gradient_norm]
+            units = max(seen, key=lambda u: u.distinct, default=None)
             if units is None or units.distinct >= units.count or layer.moments.m2 == 0 or not layer.pair.trainable:
                 continue
             if layer.moments.count / units.count < _LEAST:
@@ -55,26 +70,74 @@ class DuplicateUnits(Rule):
             copies = units.count - units.distinct - max(0, _zero_rows(layer) - 1)
             if copies < max(1.0, _SOME * units.count):
                 continue
-            yield self.finding(
-                f"{copies} of {units.count} units are copies of others: equal weights, biases and gradients in the probe, "
-                "so they stay "
-                f"equal for ever and the layer works as one of {units.count - copies}",
-                init_line(layer),
-                severity="error" if copies >= _MANY * units.count else "warning",
-                measured=float(units.distinct),
-                expected=float(units.count),
-                **fields(layer),
-            )
+            yield self._copies(layer, copies, units.count, "equal weights, biases and gradients in the probe")
+
+    def _copies(self, layer: LayerEvidence, copies: int, units: int, why: str) -> Finding:
+        return self.finding(
+            f"{copies} of {units} units ({100 * copies / units:.0f} %) are copies of others, or their negatives: {why}, so "
+            f"they stay equal for ever and the layer works as one of {units - copies}; no draw gives two equal units",
+            init_line(layer),
+            severity="error" if copies >= _MANY * units else "warning",
+            measured=float(units - copies),
+            expected=float(units),
+            **fields(layer),
+        )
+
+    def _unprobed(self, evidence: Evidence) -> Iterator[Finding]:
+        """Without a probe: units that are equal in all that goes in and in all that reads them, by their values alone."""
+        for layer in evidence.layers:
+            if layer.pair.role != "contraction" or not layer.moments.m2 > 0 or not layer.pair.trainable:
+                continue
+            behind = readers(evidence, layer)
+            rows = _rows_of(layer)
+            if not behind or len(rows) < 2 or rows.shape[1] < _LEAST or not initial(evidence):
+                continue
+            blocks = [rows, *_bias_of(evidence, layer, len(rows)), *(_columns_of(x) for x in behind)]
+            if any(len(b) != len(rows) for b in blocks):
+                continue
+            scaled = np.concatenate([b.astype(np.float64) / max(float(np.abs(b).max()), 1e-300) for b in blocks], axis=1)
+            odd = all(_is_odd(f) for f in layer.feeds)
+            alive = rows.astype(bool).any(axis=1)
+            copies = sum(len(g) - 1 for g in duplicate_rows(scaled[alive], sign=odd, tolerance=_NEAR))
+            if copies >= max(1.0, _SOME * len(rows)):
+                yield self._copies(layer, copies, len(rows), "equal weights in, equal biases and equal weights out")
 
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
         """Copies that their outgoing weights tell apart."""
-        return (example("equal rows, different columns behind", lambda: mlp(32, 64, 48, 5, change=_rows)),)
+        return (
+            example("equal rows, different columns behind", lambda: mlp(32, 64, 48, 5, change=_rows)),
+            # Shang et al. 2016; Balduzzi et al. 2017 (looks-linear initialization): ReLU tells a unit from its negative.
+            example("a unit and its negative before ReLU", lambda: mlp(32, 64, 48, 5, change=_mirrored)),
+        )
 
     @classmethod
     def invalid(cls) -> tuple[Example, ...]:
         """Copies on both sides."""
-        return (example("equal rows and equal columns behind", lambda: mlp(32, 64, 48, 5, change=_both)),)
+        return (
+            example("equal rows and equal columns behind", lambda: mlp(32, 64, 48, 5, change=_both)),
+            example("a unit and its negative before tanh", lambda: mlp(32, 64, 48, 5, act="Tanh", gain=1.0, change=_mirrored)),
+        )
+
+
+def _is_odd(feed: Feeds) -> bool:
+    """Whether the activation turns round with its input."""
+    function = feed.activation.function
+    at = np.linspace(0.1, 3.0, 7)
+    return function is not None and bool(np.allclose(function(-at), -function(at), rtol=1e-6, atol=1e-9))
+
+
+def _bias_of(evidence: Evidence, layer: LayerEvidence, units: int) -> list[np.ndarray[Any, Any]]:
+    array = evidence.checkpoint.arrays.get(layer.pair.bias or "")
+    return [] if array is None or array.size != units else [array.read().reshape(units, 1)]
+
+
+def _columns_of(layer: LayerEvidence) -> np.ndarray[Any, Any]:
+    """The values with one unit that is read a row; no rows where the axes do not tell."""
+    axes = [i for i, a in enumerate(layer.pair.axes) if a == "i"]
+    if len(axes) != 1 or layer.pair.groups > 1:
+        return np.zeros((0, 1))
+    return np.moveaxis(layer.read(), axes[0], 0).reshape(layer.pair.shape[axes[0]], -1)
 
 
 def _zero_rows(layer: LayerEvidence) -> int:
@@ -99,3 +162,9 @@ def _both(model: Any) -> None:
     _rows(model)
     second = linear(model)[1].weight
     second[:, 32:] = second[:, :32]
+
+
+def _mirrored(model: Any) -> None:
+    first, second = linear(model)[0].weight, linear(model)[1].weight
+    first[32:] = -first[:32]
+    second[:, 32:] = -second[:, :32]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from initaudit.measure.symmetry import duplicate_rows, row_hashes
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
@@ -18,6 +19,8 @@ from initaudit.rules.support import fields, fresh_layers, initial, names
 # A drawn weight of this many elements has nearly as many different values; tables of a formula and identities have few.
 _LEAST = 64
 _VARIED = 0.1
+# Two sums of the same squares in another order differ by less than this.
+_SUMMED = 1e-6
 # Of 48 independent numbers the cosine is 0.14 in size. Two draws reach 0.999 once in 10^60 pairs; rounding to 8 bits keeps
 # 1 - 1e-5. Formulas make smooth rows that are alike, so laws are compared where the values are drawn.
 _START = 48
@@ -27,9 +30,10 @@ _ALIKE = 0.999
 class IdenticalLayers(Rule):
     """Two layers hold the same values without being the same parameter.
 
-    What it does: compares the bytes of all weights of one shape that are not tied, and the first values of weights of any shape
-    up to a factor: a generator that starts from the same seed gives them the same numbers. Constants and identities are left
-    out, as are copies that are not trained (the teacher of a student): they are equal on purpose.
+    What it does: compares the bytes of all weights of one shape that are not tied, their units in whatever order and with
+    whatever signs, and the first values of weights of any shape up to a factor: a generator that starts from the same seed
+    gives them the same numbers. Constants, identities and formulas are left out, as are copies that are not trained (the
+    teacher of a student): they are equal on purpose.
 
     Why it is bad: the layers start as one layer applied several times. They learn apart, but begin with a fraction of the
     random features that were paid for, and every run repeats the same draw.
@@ -52,6 +56,7 @@ class IdenticalLayers(Rule):
         if not initial(evidence):
             return
         drawn = [x for x in fresh_layers(evidence, "contraction", "recurrent", "embedding") if _drawn(x)]
+        yield from self._stacked(list(fresh_layers(evidence)))
         groups = [g for g in self._groups(evidence, drawn) if len({x.tensor for x in g}) > 1 and not is_tie(g)]
         if not groups:
             yield from self._same_seed(evidence, drawn)
@@ -67,6 +72,27 @@ class IdenticalLayers(Rule):
             related=tuple(dict.fromkeys(x.tensor for x in others)),
             **fields(first),
         )
+
+    def _stacked(self, drawn: list[LayerEvidence]) -> Iterator[Finding]:
+        """Matrices stacked in one tensor, as those of experts, that are one matrix several times."""
+        for layer in drawn:
+            if layer.pair.axes[0] != "n" or layer.pair.shape[0] < 2 or not layer.pair.trainable or _blank(layer):
+                continue
+            values = layer.read()
+            flat = values.reshape(values.shape[0], -1)
+            # A few values tell most draws apart before all are compared.
+            if not duplicate_rows(flat[:, :: max(1, flat.shape[1] // _START)]):
+                continue
+            copies = sum(len(group) - 1 for group in duplicate_rows(flat))
+            if copies:
+                yield self.finding(
+                    f"{copies} of the {len(flat)} matrices stacked in this tensor are copies of others: they were filled from "
+                    "one draw, and start as one matrix repeated",
+                    init_line(layer),
+                    measured=float(len(flat) - copies),
+                    expected=float(len(flat)),
+                    **fields(layer),
+                )
 
     def _same_seed(self, evidence: Evidence, drawn: list[LayerEvidence]) -> Iterator[Finding]:
         """Weights of several shapes or scales that one and the same sequence of random numbers was poured into."""
@@ -90,27 +116,26 @@ class IdenticalLayers(Rule):
         )
 
     def _groups(self, evidence: Evidence, drawn: list[LayerEvidence]) -> Iterator[list[LayerEvidence]]:
-        # Moments of equal values are equal: only what agrees in them is read again.
-        alike: dict[tuple[Any, ...], list[LayerEvidence]] = {}
-        for layer in drawn:
-            m = layer.moments
-            alike.setdefault((layer.pair.shape, m.mean, m.m2, m.min, m.max), []).append(layer)
-        for candidates in alike.values():
-            if len({x.tensor for x in candidates}) < 2:
-                continue
-            equal: dict[bytes, list[LayerEvidence]] = {}
+        """Groups of layers with the same units, in whatever order and with whatever signs."""
+        for candidates in _alike(drawn):
             storages: set[str] = set()
+            by_rows: dict[bytes, list[LayerEvidence]] = {}
+            by_columns: dict[bytes, list[LayerEvidence]] = {}
             for layer in candidates:
                 values = layer.read()
                 array = evidence.checkpoint.arrays.get(layer.tensor)
                 storage = array.storage if array is not None else ""
-                if (storage and storage in storages) or len(set(values.ravel()[:4096].tolist())) < _VARIED * min(
-                    values.size, 4096
-                ):
+                if (storage and storage in storages) or _few_values(values):
                     continue
                 storages.add(storage)
-                equal.setdefault(hashlib.sha256(values.tobytes()).digest(), []).append(layer)
-            yield from equal.values()
+                matrix = values.reshape(values.shape[0], -1)
+                by_rows.setdefault(_units(matrix), []).append(layer)
+                by_columns.setdefault(_units(matrix.T), []).append(layer)
+            equal = [g for g in by_rows.values() if len(g) > 1]
+            known = {x.tensor for g in equal for x in g}
+            # A permuted hidden layer has its rows in another order, and the layer behind it its columns.
+            yield from equal
+            yield from (g for g in by_columns.values() if len(g) > 1 and not known.issuperset(x.tensor for x in g))
 
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
@@ -126,6 +151,8 @@ class IdenticalLayers(Rule):
         """A copy."""
         return (
             example("a copied layer", lambda: mlp(32, 32, 32, 32, 5, change=_copy)),
+            example("a copy with its units permuted and some turned round", lambda: mlp(32, 32, 32, 32, 5, change=_shuffled)),
+            example("experts filled from one draw", _experts),
             example("one seed for layers of all widths", lambda: mlp(32, 64, 48, 5, change=_seeded)),
         )
 
@@ -135,9 +162,45 @@ def _again(groups: list[list[LayerEvidence]]) -> list[LayerEvidence]:
     return list({x.tensor: x for g in groups for x in g if x.tensor != g[0].tensor}.values())
 
 
+def _blank(layer: LayerEvidence) -> bool:
+    """Whether there is nothing to compare: one value throughout, or values that are no numbers."""
+    return not layer.moments.m2 > 0 or bool(layer.moments.nan or layer.moments.inf)
+
+
 def _drawn(layer: LayerEvidence) -> bool:
     m, pair = layer.moments, layer.pair
-    return m.m2 > 0 and m.count >= _LEAST and pair.stored and pair.trainable and m.zeros < m.count / 2
+    # What no law drew is a formula (sines, filters for upsampling), the same wherever it is used.
+    formula = layer.recognition is not None and layer.recognition.verdict == "trained"
+    return not _blank(layer) and m.count >= _LEAST and pair.stored and pair.trainable and m.zeros < m.count / 2 and not formula
+
+
+def _alike(drawn: list[LayerEvidence]) -> Iterator[list[LayerEvidence]]:
+    """Layers of one shape whose values have the same largest magnitude and mean square: only these are read again."""
+    by_extremes: dict[tuple[object, ...], list[LayerEvidence]] = {}
+    for layer in drawn:
+        m = layer.moments
+        by_extremes.setdefault((layer.pair.shape, max(abs(m.min), abs(m.max))), []).append(layer)
+    for group in by_extremes.values():
+        ordered = sorted(group, key=lambda x: x.moments.moment2)
+        run: list[LayerEvidence] = []
+        for layer in ordered:
+            if run and layer.moments.moment2 > run[-1].moments.moment2 * (1 + _SUMMED):
+                yield run
+                run = []
+            run.append(layer)
+        yield run
+
+
+def _few_values(values: np.ndarray[Any, Any]) -> bool:
+    head = values.ravel()[:4096]
+    return len(set(head.tolist())) < _VARIED * head.size
+
+
+def _units(matrix: np.ndarray[Any, Any]) -> bytes:
+    """A digest of the rows of a matrix whatever their order and sign: of all their bytes, in the order of their hashes."""
+    leading = np.where(matrix[:, :1] < 0, -1, 1).astype(matrix.dtype)
+    rows = np.ascontiguousarray(matrix * leading + matrix.dtype.type(0))  # a negative zero becomes a positive one
+    return hashlib.sha256(rows[np.argsort(row_hashes(rows), kind="stable")].tobytes()).digest()
 
 
 def _start(layer: LayerEvidence) -> np.ndarray[Any, Any] | None:
@@ -175,6 +238,31 @@ def _most_alike(starts: np.ndarray[Any, Any]) -> list[int]:
 def _copy(model: Any) -> None:
     layers = linear(model)
     layers[1].weight.copy_(layers[0].weight)
+
+
+def _shuffled(model: Any) -> None:
+    import torch
+
+    layers = linear(model)
+    signs = torch.where(torch.arange(32) % 3 == 0, -1.0, 1.0)
+    layers[1].weight.copy_(layers[0].weight[torch.randperm(32)] * signs[:, None])
+
+
+def _experts() -> Any:
+    import torch
+    from torch import nn
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.head = nn.Linear(16, 4), nn.Linear(16, 3)
+            self.experts = nn.Parameter(torch.randn(1, 16, 16).repeat(4, 1, 1) / 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            hidden = (x.expand(4, -1, -1) @ self.experts).relu()
+            return self.head((hidden * self.router(x).softmax(-1).T.unsqueeze(-1)).sum(0))
+
+    return Mixture(), (torch.randn(32, 16),)
 
 
 def _seeded(model: Any) -> None:

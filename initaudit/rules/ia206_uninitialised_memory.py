@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,13 @@ from initaudit.rules.support import initial
 _BOTH = 0.02
 _LIMITS = {"float16": (512.0, 2e-3), "float32": (1e6, 1e-6), "float64": (1e6, 1e-6), "bfloat16": (1e6, 1e-6)}
 _SAMPLE = 1 << 16
+# The lower 16 bits of a float32 that was drawn or trained are ones half of the time, or less often where values were rounded.
+# Of 4096 different values, a bit is one this much more often with a probability of exp(-2 * 4096 * 0.125^2) = 1e-56 (Hoeffding
+# 1963), and of the 1024 mantissas that a rescaled float16 has, 1e-14.
+_LOW_BITS = 16
+_OFTEN = 0.5 + 0.125
+_FEWEST = 4096
+_DIFFERENT = 0.9
 # The smallest standard deviation in use is 1e-10. Integers below two million are subnormal float32, 3e-39 at most; a bias or a
 # scale that weight decay has worn down to this is left to the rules about trained networks.
 _NOTHING = 1e-30
@@ -27,8 +35,9 @@ class UninitialisedMemory(Rule):
     """The exponents of the values are spread as arbitrary bytes are, not as any distribution is.
 
     What it does: counts values above a million and nonzero values below a millionth (above 512 and below 0.002 in float16)
-    where both occur in one tensor, together with what is not finite; and reports tensors without one value above 1e-30, which
-    is what integers and text look like when they are read as numbers.
+    where both occur in one tensor, together with what is not finite; reports tensors without one value above 1e-30, which is
+    what integers look like when they are read as numbers; and looks at the lower 16 bits of float32 values, which are ones in
+    half of the values of any draw and any training, and have a pattern in text and in numbers of another type.
 
     Why it is bad: the tensor was allocated and never written. It holds what lay in memory, which differs from run to run, and
     some of it is 1e34 or NaN.
@@ -58,9 +67,13 @@ class UninitialisedMemory(Rule):
                 yield self._integers(evidence, name, largest)
                 continue
             if not (moments.nan or moments.inf or largest > large):
+                if array.dtype == "float32" and moments.count >= _FEWEST and abs(moments.mean) < moments.std:
+                    yield from self._patterns(evidence, name, _low_bits(array.read()))
                 continue
             above, below = _shares(array.read(), large, small)
             if min(above, below) < _BOTH:
+                if array.dtype == "float32" and moments.count >= _FEWEST:
+                    yield from self._patterns(evidence, name, _low_bits(array.read()))
                 continue
             layer = evidence.layer(name)
             yield self.finding(
@@ -74,6 +87,22 @@ class UninitialisedMemory(Rule):
                 measured=above,
                 expected=0.0,
             )
+
+    def _patterns(self, evidence: Evidence, name: str, found: tuple[int, float] | None) -> Iterator[Finding]:
+        if found is None:
+            return
+        layer, (bit, share) = evidence.layer(name), found
+        errors = (share - 0.5) / (0.5 / math.sqrt(_FEWEST))
+        yield self.finding(
+            f"bit {bit} of the values is one in {100 * share:.0f} % of them, {errors:.0f} standard errors from the half that a "
+            "draw or a training leaves in the lower bits of a float32: these are numbers of another type, or text, that are "
+            "read as float32, so the layer computes with noise of an arbitrary scale",
+            reset_line(evidence, name),
+            tensor=name,
+            site=layer.pair.site if layer is not None else "",
+            measured=share,
+            expected=0.5,
+        )
 
     def _integers(self, evidence: Evidence, name: str, largest: float) -> Finding:
         layer = evidence.layer(name)
@@ -89,13 +118,18 @@ class UninitialisedMemory(Rule):
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
         """Numbers of all sizes that a training may leave."""
-        return (example("He", lambda: mlp(32, 64, 64, 5)),)
+        return (
+            example("He", lambda: mlp(32, 64, 64, 5)),
+            example("values that float16 held and a factor moved", lambda: mlp(64, 96, 64, change=_rescaled)),
+        )
 
     @classmethod
     def invalid(cls) -> tuple[Example, ...]:
         """Random bytes."""
         return (
             example("random bytes", lambda: mlp(32, 64, 64, change=_bytes)),
+            example("float16 numbers read as float32", lambda: mlp(64, 96, 64, change=_halves)),
+            example("text", lambda: mlp(64, 96, 64, change=_text)),
             example("indices", lambda: mlp(32, 64, 64, 5, change=_indices)),
         )
 
@@ -108,11 +142,47 @@ def _shares(values: np.ndarray[Any, Any], large: float, small: float) -> tuple[f
     return float(np.mean(above)), float(np.mean((size < small) & (size > 0)))
 
 
+def _low_bits(values: np.ndarray[Any, Any]) -> tuple[int, float] | None:
+    """(a bit that is one too often, how often), None where every lower bit is as a draw leaves it.
+
+    Looks at runs of values from all over the tensor. Values of which many are equal were quantised and may have any bits.
+    """
+    flat = values.reshape(-1)
+    starts = np.linspace(0, flat.size - _FEWEST // 16, 16).astype(np.int64)
+    picked = np.concatenate([flat[s : s + _FEWEST // 16] for s in starts])
+    bits = picked[picked != 0].view(np.uint32)
+    if bits.size < _FEWEST // 2 or len(np.unique(bits)) < _DIFFERENT * bits.size:
+        return None
+    shares = ((bits[:, None] >> np.arange(_LOW_BITS, dtype=np.uint32)) & 1).mean(axis=0)
+    bit = int(np.argmax(shares))
+    return (bit, float(shares[bit])) if shares[bit] > _OFTEN else None
+
+
 def _bytes(model: Any) -> None:
     import torch
 
     weight = model[2].weight
     weight.copy_(torch.randint(-(2**31), 2**31, tuple(weight.shape)).to(torch.int32).view(torch.float32))
+
+
+def _rescaled(model: Any) -> None:
+    weight = model[2].weight
+    weight.copy_(weight.half().float() * 0.3)
+
+
+def _halves(model: Any) -> None:
+    import torch
+
+    weight = model[2].weight
+    weight.copy_((torch.randn(weight.shape[0], 2 * weight.shape[1]) / 10).half().view(torch.float32))
+
+
+def _text(model: Any) -> None:
+    import torch
+
+    weight = model[2].weight
+    letters = torch.randint(97, 123, (weight.numel() * 4,)).to(torch.uint8)
+    weight.copy_(letters.view(torch.float32).view_as(weight))
 
 
 def _indices(model: Any) -> None:

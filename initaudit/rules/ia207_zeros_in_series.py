@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from initaudit.rules.evidence import Evidence
-from initaudit.rules.examples import example
-from initaudit.rules.remedy import init_line
+from initaudit.rules.examples import example, linear, residual
+from initaudit.rules.gates import factors
+from initaudit.rules.remedy import reset_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import initial, names
+from initaudit.rules.support import fields, initial, names
 
 
 class ZerosInSeries(Rule):
@@ -40,21 +41,20 @@ class ZerosInSeries(Rule):
             return
         silent = {n for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None and p.norm == 0}
         layers = [x for x in evidence.layers if x.moments.m2 == 0 and x.moments.mean == 0]
-        stuck = [x for x in layers if any(name in silent for name in x.pair.constants)]
-        stuck = list({x.tensor: x for x in stuck}.values())
+        weights = [x.tensor for x in layers if any(name in silent for name in x.pair.constants)]
+        gates = factors(evidence.graph) if evidence.graph is not None else []
+        stuck = list(dict.fromkeys([*weights, *(name for name in gates if name in silent)]))
         if len(stuck) < 2:
             return
-        first = stuck[0]
+        first = evidence.layer(stuck[0])
+        where = fields(first) if first is not None else {"tensor": stuck[0]}
         yield self.finding(
-            f"{names(stuck)} are zero and wait for each other: the gradient of each is a product with another zero, and "
-            "stays zero "
-            "after two steps of all other parameters, so they never learn",
-            init_line(first),
+            f"{names(stuck)} are zero and wait for each other: the gradient of each is a product with another zero, and stays "
+            "zero after two steps of all other parameters, so they never learn",
+            reset_line(evidence, stuck[0]),
             measured=0.0,
-            tensor=first.tensor,
-            site=first.pair.site,
-            location=first.pair.location,
-            related=tuple(x.tensor for x in stuck[1:]),
+            related=tuple(stuck[1:]),
+            **where,
         )
 
     @classmethod
@@ -65,7 +65,10 @@ class ZerosInSeries(Rule):
     @classmethod
     def invalid(cls) -> tuple[Example, ...]:
         """Both."""
-        return (example("LoRA with A and B zero", lambda: _adapter(zero_a=True)),)
+        return (
+            example("LoRA with A and B zero", lambda: _adapter(zero_a=True)),
+            example("a gate of zero on a branch that ends in zeros", lambda: residual(3, gate=0.0, change=_silence)),
+        )
 
 
 def _adapter(*, zero_a: bool) -> Any:
@@ -89,3 +92,9 @@ def _adapter(*, zero_a: bool) -> Any:
             return y
 
     return Adapter(), (torch.randn(8, 32),)
+
+
+def _silence(model: Any) -> None:
+    last = next(x for x in linear(model) if x.in_features > x.out_features)
+    last.weight.zero_()
+    last.bias.zero_()

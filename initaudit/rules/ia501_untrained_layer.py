@@ -42,6 +42,7 @@ class UntrainedLayer(Rule):
         """One finding for all layers of this kind."""
         if evidence.phase not in ("trained", "mixed"):
             return
+        yield from self._emptied(evidence)
         judged = {x.tensor: x for x in evidence.layers if x.recognition is not None and x.pair.role != "embedding"}
         fresh = [x for x in judged.values() if _is_draw(x) and not _stopped(x)]
         trained = [x for x in judged.values() if x.recognition is not None and x.recognition.verdict == "trained"]
@@ -65,6 +66,28 @@ class UntrainedLayer(Rule):
             related=tuple(x.tensor for x in fresh[1:]),
         )
 
+    def _emptied(self, evidence: Evidence) -> Iterator[Finding]:
+        """Weights of zeros that cut trained weights off from the gradient: what was trained was not silent then."""
+        trace = evidence.trace
+        if trace is None:
+            return
+        silent = {n for n, p in trace.parameters.items() if p.gradient_zero}
+        trained = [x for x in evidence.layers if x.recognition is not None and x.recognition.verdict == "trained"]
+        cut = [x.tensor for x in trained if x.pair.trainable and silent.issuperset(x.pair.constants)]
+        empty = [x for x in evidence.layers if x.moments.count and x.moments.min == x.moments.max == 0 and x.pair.fan_in > 1]
+        if not cut or not empty or len(trained) < _TRAINED:
+            return
+        yield self.finding(
+            f"all {empty[0].moments.count:,} values of {names(empty)} are zero, and no gradient reaches {names(cut)} any more, "
+            f"which {'was' if len(cut) == 1 else 'were'} trained: the zeros came later, as of a tensor that was not loaded",
+            "compare the checkpoint's names with the model's: model.load_state_dict(state, strict=True)",
+            measured=0.0,
+            tensor=empty[0].tensor,
+            site=empty[0].pair.site,
+            location=empty[0].pair.location,
+            related=(*(x.tensor for x in empty[1:]), *cut),
+        )
+
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
         """All layers trained."""
@@ -75,6 +98,7 @@ class UntrainedLayer(Rule):
         """One layer as it was made."""
         return (
             example("one layer made again", lambda: trained(lambda m: linear(m)[2].reset_parameters())),
+            example("a layer of zeros", lambda: trained(lambda m: linear(m)[2].weight.zero_())),
             example("a head made again", lambda: trained(lambda m: m.append(_head(m.pop(-1))))),
         )
 
