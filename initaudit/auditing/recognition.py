@@ -55,10 +55,12 @@ def _recognition(layer: LayerEvidence, arrays: Mapping[str, Array]) -> Recogniti
     if layer.moments.size == 0:
         return None
     try:
-        values = _one_of_copies(layer.read(), layer.pair)
-        found = recognise(observe(values, _bits(arrays.get(layer.pair.tensor))), site(layer.pair, values.shape))
+        values = layer.read()
+        found = recognise(observe(values, _bits(arrays.get(layer.pair.tensor))), site(layer.pair))
         if found.verdict == "trained" and not layer.pair.stored:
             found = _as_stored(layer, arrays, found)
+        if found.verdict == "trained" and (folded := _without_copies(values)).shape != values.shape:
+            found = recognise(observe(folded), _part(layer.pair, folded.shape))
         if found.verdict == "trained":
             found = _in_parts(values, layer, found)
         if found.verdict == "trained":
@@ -102,11 +104,17 @@ def _part(pair: Pair, shape: tuple[int, ...]) -> Site:
     return site_of(shape, pair.axes, operator=pair.operator, groups=pair.groups)
 
 
-def _one_of_copies(values: np.ndarray[Any, Any], pair: Pair) -> np.ndarray[Any, Any]:
-    """The first of matrices stacked in one tensor where all are copies of it: what was drawn once is judged once."""
-    if pair.axes[0] != "n" or len(values) < 2 or any(v.flat[0] != values.flat[0] for v in values):
-        return values
-    return values[:1] if all(np.array_equal(v, values[0]) for v in values[1:]) else values
+def _without_copies(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """What was drawn, where a tensor is made of it: one of stacked copies, and one half of two that are equal but for the sign
+    (units beside their negatives, Balduzzi et al. 2017; units repeated to widen a layer)."""
+    for axis in range(min(values.ndim, 2)):
+        while (half := values.shape[axis] // 2) and values.shape[axis] == 2 * half:
+            first, second = np.split(values, 2, axis)
+            if not (np.array_equal(first, second) or np.array_equal(first, -second)):
+                break
+            values = first
+    copies = values.ndim > 2 and len(values) > 1 and all(np.array_equal(v, values[0]) for v in values[1:])
+    return np.ascontiguousarray(values[:1] if copies else values)
 
 
 def _second_look(values: np.ndarray[Any, Any], layer: LayerEvidence, found: Recognition) -> Recognition:
@@ -134,11 +142,11 @@ def _second_look(values: np.ndarray[Any, Any], layer: LayerEvidence, found: Reco
     return dataclasses.replace(again, schemes=names, verdict="init" if wide.size >= _ENOUGH else "unknown")
 
 
-def site(pair: Pair, shape: tuple[int, ...] = ()) -> Site:
-    """What a scheme may know of a weight, or of that part of it which has this shape."""
+def site(pair: Pair) -> Site:
+    """What a scheme may know of a weight."""
     packed = max(1, len(pair.gates))
     hidden = pair.fan_out if pair.gates else None
-    return site_of(shape or pair.shape, pair.axes, operator=pair.operator, groups=pair.groups, packed=packed, hidden=hidden)
+    return site_of(pair.shape, pair.axes, operator=pair.operator, groups=pair.groups, packed=packed, hidden=hidden)
 
 
 def in_company(

@@ -19,10 +19,11 @@ from initaudit.rules.support import initial
 _BOTH = 0.02
 _LIMITS = {"float16": (512.0, 2e-3), "float32": (1e6, 1e-6), "float64": (1e6, 1e-6), "bfloat16": (1e6, 1e-6)}
 _SAMPLE = 1 << 16
-# The lower 16 bits of a float32 that was drawn or trained are ones half of the time, or less often where values were rounded.
+# Bits 6 to 15 of a float32 that was drawn or trained are ones half of the time, or less often where values were rounded. Those
+# below may repeat the bound's where a uniform law is made of 24 random bits: bit b in a share of 2^-b of the values.
 # Of 4096 different values, a bit is one this much more often with a probability of exp(-2 * 4096 * 0.125^2) = 1e-56 (Hoeffding
-# 1963), and of the 1024 mantissas that a rescaled float16 has, 1e-14.
-_LOW_BITS = 16
+# 1963), and of the 1024 mantissas that a rescaled float16 has, 1e-14; a share of 2^-6 makes 1e-43 and 1e-11 of these.
+_BITS = np.arange(6, 16, dtype=np.uint32)
 _OFTEN = 0.5 + 0.125
 _FEWEST = 4096
 _DIFFERENT = 0.9
@@ -36,8 +37,8 @@ class UninitialisedMemory(Rule):
 
     What it does: counts values above a million and nonzero values below a millionth (above 512 and below 0.002 in float16)
     where both occur in one tensor, together with what is not finite; reports tensors without one value above 1e-30, which is
-    what integers look like when they are read as numbers; and looks at the lower 16 bits of float32 values, which are ones in
-    half of the values of any draw and any training, and have a pattern in text and in numbers of another type.
+    what integers look like when they are read as numbers; and looks at bits 6 to 15 of float32 values, which are ones
+    in half of the values of any draw and any training, and have a pattern in text and in numbers of another type.
 
     Why it is bad: the tensor was allocated and never written. It holds what lay in memory, which differs from run to run, and
     some of it is 1e34 or NaN.
@@ -153,9 +154,9 @@ def _low_bits(values: np.ndarray[Any, Any]) -> tuple[int, float] | None:
     bits = picked[picked != 0].view(np.uint32)
     if bits.size < _FEWEST // 2 or len(np.unique(bits)) < _DIFFERENT * bits.size:
         return None
-    shares = ((bits[:, None] >> np.arange(_LOW_BITS, dtype=np.uint32)) & 1).mean(axis=0)
-    bit = int(np.argmax(shares))
-    return (bit, float(shares[bit])) if shares[bit] > _OFTEN else None
+    shares = ((bits[:, None] >> _BITS) & 1).mean(axis=0)
+    most = int(np.argmax(shares))
+    return (int(_BITS[most]), float(shares[most])) if shares[most] > _OFTEN else None
 
 
 def _bytes(model: Any) -> None:
