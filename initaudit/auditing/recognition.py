@@ -110,6 +110,9 @@ def _without_copies(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     for axis in range(min(values.ndim, 2)):
         while (half := values.shape[axis] // 2) and values.shape[axis] == 2 * half:
             first, second = np.split(values, 2, axis)
+            # One row tells nearly all tensors apart.
+            if not np.array_equal(np.abs(first[:1]), np.abs(second[:1])):
+                break
             if not (np.array_equal(first, second) or np.array_equal(first, -second)):
                 break
             values = first

@@ -74,7 +74,8 @@ def measure_matrix(
         first, last = np.searchsorted(places, (top * columns, (top + len(band)) * columns))
         if last > first:
             here = places[first:last] - top * columns
-            picked.append(band[here // columns, here % columns].astype(np.float64))
+            with np.errstate(invalid="ignore"):  # arbitrary bytes are signalling NaNs too
+                picked.append(band[here // columns, here % columns].astype(np.float64))
         parts += [work.add(band[:, left : left + work.width], top, left) for left in range(0, columns, work.width)]
         if matrix.nbytes > WINDOW:
             forget(band)

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from initaudit.location import NOWHERE
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, mlp
-from initaudit.rules.remedy import reset_line
+from initaudit.rules.remedy import init_line, reset_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.structure import is_mask
+from initaudit.rules.support import fresh_layers, ratio_of
+
+# Times the variance that keeps a signal: what takes a signal out of float32 is far beyond.
+_LARGE = 10.0
 
 
 class NanOrInf(Rule):
@@ -78,7 +82,7 @@ class NanOrInf(Rule):
         yield self.finding(
             f"the {what} is not finite from {location.site or place} on, although every weight is; "
             + ("the probe's inputs may be outside of what the model takes" if early else "after one step no weight is finite"),
-            "give a batch of real inputs with --data" if early else "draw the weights before it with a smaller variance",
+            "give a batch of real inputs with --data" if early else _smaller(evidence),
             severity="info" if early else "error",
             site=location.site,
             location=location,
@@ -96,6 +100,12 @@ class NanOrInf(Rule):
             example("one NaN", lambda: convs(norm=True, change=lambda m: m[3].weight.view(-1)[5:6].fill_(float("nan")))),
             example("1e8 times He's in ten layers", lambda: mlp(32, *[64] * 10, 5, gain=1e8)),
         )
+
+
+def _smaller(evidence: Evidence) -> str:
+    """The line that draws again what is too large for its activation."""
+    large = list({x.tensor: x for x in fresh_layers(evidence) if (ratio_of(x) or 0.0) > _LARGE}.values())
+    return init_line(*large) if large else "draw the weights before it with a smaller variance"
 
 
 def _trainable(evidence: Evidence, name: str) -> bool:
