@@ -1,16 +1,23 @@
 """What the probe costs, in units of one plain forward and backward pass of the same batch.
 
-    python benchmarks/probe_cost.py [--repeat 5] [--device cpu]
+    python benchmarks/probe_cost.py [--repeat 3] [--device cpu] [--model resnet-50]
 
-Prints for a ResNet-50-like network and a 12-layer transformer: the recording of every edge (one forward, one backward), and
-the whole probe with its Gram matrix, units and virtual steps. Medians of alternated runs. On CUDA peak memory is compared too.
+Prints for a ResNet-50-like network on 8 images of 224 x 224 and a 12-layer transformer on 8 sequences of 96: the recording of
+every edge (one forward, one backward), and the whole probe with its Gram matrix, units, measures and virtual steps. Medians of
+alternated runs, one thread. Peak memory beyond model, graph and batch is compared as well: of the allocator on CUDA, else of
+the process, each kind of run in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -55,56 +62,87 @@ def transformer() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 512), *layers, nn.LayerNorm(512), nn.Linear(512, 1000))
 
 
-MODELS = {"resnet-50": (resnet, (8, 3, 96, 96)), "transformer-12": (transformer, (8, 96, 64))}
+MODELS = {"resnet-50": (resnet, (8, 3, 224, 224)), "transformer-12": (transformer, (8, 96, 64))}
+
+
+def runs(name: str, device: str) -> dict[str, Callable[[], object]]:
+    """The three kinds of run of one model."""
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    module, x = build(), torch.randn(shape)
+    graph = from_module(module, (x,))
+    module, x = module.to(device), x.to(device)
+    with torch.no_grad():
+        drawn = cotangents([module(x)], batch_of([x]), torch.Generator().manual_seed(0))
+
+    def plain() -> None:
+        module.zero_grad()
+        (module(x) * drawn[0]).sum().backward()
+
+    def record() -> None:
+        constant = constant_nodes(graph.fx)
+        observer = SignalObserver(graph.fx, constant)
+        run = Pass(graph, constant, device=x.device, observers=(observer,))
+        run.run(x)
+        backward(run, run.ends(), drawn, keep=False)
+        observer.close()
+
+    return {"plain": plain, "record": record, "probe": lambda: probe(graph, (x,), device=x.device), "none": lambda: None}
+
+
+def peak_resident() -> int:
+    """The most memory that this process has held, in KiB."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage also counts what the parent held when it forked.
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def resident(name: str, label: str) -> int:
+    """The peak resident memory, in KiB, of a process that does one run of that kind."""
+    command = [sys.executable, __file__, "--model", name, "--peak", label]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.peak:
+        runs(arguments.model, "cpu")[arguments.peak]()
+        print(peak_resident())
+        return
     cuda = arguments.device == "cuda"
     # With one thread, the time of the process is not disturbed by what else the machine does.
     clock = time.perf_counter if cuda else time.process_time
-    for name, (build, shape) in MODELS.items():
-        torch.manual_seed(0)
-        module, x = build(), torch.randn(shape)
-        graph = from_module(module, (x,))
-        module, x = module.to(arguments.device), x.to(arguments.device)
-        drawn = cotangents([module(x)], batch_of([x]), torch.Generator().manual_seed(0))
-
-        def plain(module: nn.Module = module, x: torch.Tensor = x, drawn: list[torch.Tensor] = drawn) -> None:
-            module.zero_grad()
-            (module(x) * drawn[0]).sum().backward()
-
-        def record(graph=graph, x=x, drawn=drawn) -> None:  # noqa: ANN001
-            constant = constant_nodes(graph.fx)
-            observer = SignalObserver(graph.fx, constant)
-            run = Pass(graph, constant, device=x.device, observers=(observer,))
-            run.run(x)
-            backward(run, run.ends(), drawn, keep=False)
-            observer.close()
-
-        def whole(graph=graph, x=x) -> None:  # noqa: ANN001
-            probe(graph, (x,), device=x.device)
-
+    for name in [arguments.model] if arguments.model else MODELS:
+        calls = runs(name, arguments.device)
         taken: dict[str, list[float]] = {"plain": [], "record": [], "probe": []}
         peak: dict[str, float] = {}
         for _ in range(arguments.repeat + 1):
-            for label, call in (("plain", plain), ("record", record), ("probe", whole)):
+            for label, times in taken.items():
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
                 start = clock()
-                call()
+                calls[label]()
                 if cuda:
                     torch.cuda.synchronize()
                     peak[label] = torch.cuda.max_memory_allocated()
-                taken[label].append(clock() - start)
+                times.append(clock() - start)
+        del calls
         median = {label: statistics.median(times[1:]) for label, times in taken.items()}
         ratios = "  ".join(f"{label} {median[label] / median['plain']:.2f}x" for label in ("record", "probe"))
-        memory = "  ".join(f"memory of {label} {peak[label] / peak['plain']:.2f}x" for label in peak if label != "plain")
-        print(f"{name:16} {ratios}  {memory}")
+        print(f"{name:16} plain {median['plain']:.2f} s  {ratios}", flush=True)
+        if not cuda:
+            base = resident(name, "none")
+            peak = {label: resident(name, label) - base for label in taken}
+        memory = "  ".join(f"{label} {peak[label] / peak['plain']:.2f}x" for label in ("record", "probe"))
+        print(f"{name:16} peak memory  {memory}", flush=True)
 
 
 if __name__ == "__main__":

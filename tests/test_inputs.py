@@ -211,6 +211,28 @@ def test_what_fits_nothing_is_said_with_what_was_tried():
         for_module(Never(), batch=2)
 
 
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 8), nn.Linear(3, 8)
+
+    def forward(self, batch):
+        return self.left(batch["left"]) + self.right(batch["right"])
+
+
+class InPairs(ByName):
+    def forward(self, batch):
+        left, (right, other) = batch
+        return self.left(left) + self.right(right) + self.right(other)
+
+
+@pytest.mark.parametrize("kind", [ByName, InPairs])
+def test_a_mapping_or_a_nested_tuple_is_asked_for(kind):
+    with pytest.raises(UnreadableModel, match="a mapping or a tuple of tensors") as caught:
+        for_module(kind())
+    assert "\n" not in str(caught.value)
+
+
 def test_a_cache_inside_the_module_is_left_alone():
     class Caches(nn.Module):
         def __init__(self):

@@ -138,3 +138,36 @@ def test_options_reach_the_probe_and_give_the_same_bytes_twice(option, tmp_path,
     probe = json.loads(texts[0])["models"][0]["probe"]
     assert probe["batch"] == (5 if option[0] == "--probe-batch" else 8)
     assert probe["seeds"] == (2 if option[0] == "--probe-seeds" else 1)
+
+
+class Frozen(nn.Module):
+    """A frozen layer, a norm with statistics, a gradient that stands already, a part in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+        self.drop = nn.Dropout(0.5).eval()
+        self.first.weight.requires_grad_(False)
+        self.last.weight.grad = torch.ones(3, 16)
+
+    def forward(self, x):
+        return self.last(self.drop(torch.relu(self.norm(self.first(x)))))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_audit_leaves_module_and_random_state_as_they_were(training):
+    torch.manual_seed(0)
+    model = Frozen().train(training)
+    model.drop.eval()
+    values = {k: v.clone() for k, v in model.state_dict().items()}
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    modes = {n: m.training for n, m in model.named_modules()}
+    generator, grad_mode = torch.get_rng_state(), torch.is_grad_enabled()
+    initaudit.audit(model, config=Config(rehearse=3, probe_seeds=2))
+    assert {k for k, v in model.state_dict().items() if not torch.equal(v, values[k])} == set()
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["last.weight"]
+    assert torch.equal(model.last.weight.grad, torch.ones(3, 16))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch.is_grad_enabled() == grad_mode

@@ -34,6 +34,8 @@ _AS_BITS = {"bfloat16": (np.uint16, torch.bfloat16)}
 # A table that was not seen to be indexed: two rows are the fewest that any has.
 _UNKNOWN_ROWS = 2
 _EXAMPLE = "--input NAME=2x3x224x224:float32"
+# What Python says where a tensor is looked up by a name, or taken apart into several.
+_NESTED = ("invalid data type 'str'", "values to unpack", "no attribute 'keys'", "no attribute 'items'")
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,12 @@ def for_module(
     try:
         found = search.found()
     except NotFound as nothing:
+        tried = describe(nothing.tried)
+        say = f"say what it takes with {_EXAMPLE.replace('NAME', known[0])}"
+        if any(sign in tried for sign in _NESTED):
+            say = "it takes a mapping or a tuple of tensors: give one as `inputs` of initaudit.audit from Python"
         raise UnreadableModel(
-            name,
-            f"no inputs were found that forward({', '.join(known)}) accepts",
-            advice=f"tried {describe(nothing.tried)}; say what it takes with {_EXAMPLE.replace('NAME', known[0])}",
+            name, f"no inputs were found that forward({', '.join(known)}) accepts", advice=f"tried {tried}; {say}"
         ) from None
     generator = torch.Generator().manual_seed(seed)
     floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
