@@ -72,6 +72,7 @@ class Config:
     rehearse: int = 0
     trust: bool = False
     jobs: int = 1
+    cache: bool = True
     origin: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -299,4 +300,5 @@ _KEYS: dict[str, Parser] = {
     "models": _models,
     "baseline": _path,
     "jobs": _count(1),
+    "cache": _bool,
 }

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from initaudit import __version__
+from initaudit import __version__, cache
 from initaudit.config import Config
 from initaudit.errors import InitauditError
 from initaudit.report.report import ModelReport, Report
@@ -52,11 +52,18 @@ def models_of(sources: Sequence[str], config: Config) -> tuple[str, ...]:
 
 def audit_one(source: str, config: Config, progress: Callable[[str], None] | None = None) -> ModelReport:
     """One model; a function of this module so that another process can be told to run it."""
+    entry = cache.entry_of(source, config)
+    kept = cache.read(entry) if entry is not None else None
+    if kept is not None:
+        return kept
     from initaudit.auditing import run_one
     from initaudit.load.remote import fetched, is_remote
 
     if not is_remote(source):
-        return run_one(source, config, progress)
+        report = run_one(source, config, progress)
+        if entry is not None and report.error is None:
+            cache.write(entry, report)
+        return report
 
     def say(label: str) -> None:
         if progress is not None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# No test may be passed by what another run has kept, nor write where the user's own reports are.
+os.environ["INITAUDIT_CACHE_DIR"] = ""
 
 
 def _make_torchvision_importable() -> object:

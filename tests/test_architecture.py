@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "initaudit"
 ORDER = (
     *("errors", "suggest", "location", "randomness", "config", "roles", "load", "onnx_ops", "graph", "measure", "pair"),
-    *("expect", "probe", "rules", "report", "auditing", "baseline", "session", "progress", "options"),
+    *("expect", "probe", "rules", "report", "auditing", "baseline", "cache", "session", "progress", "options"),
     *("testing", "integrations", "pytest_plugin", "cli", "__main__"),
 )
 LIGHT = ("torch", "onnx", "numpy", "tabulate")

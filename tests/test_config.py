@@ -68,6 +68,7 @@ thresholds = {depth = 2}
 baseline = "known.json"
 rehearse = 5
 jobs = 2
+cache = false
 [[per-tensor-ignores]]
 tensors = "head.*"
 codes = ["IA201"]
