@@ -97,6 +97,10 @@ def _rank(evidence: Evidence, layer: LayerEvidence) -> tuple[int, int] | None:
     others = [i for i in range(values.ndim) if i not in axes]
     rows = int(np.prod([values.shape[i] for i in axes]))
     matrix = values.transpose(*axes, *others).reshape(rows, -1).astype(np.float32)
+    matrix /= np.abs(matrix).max()  # squares of what uninitialised memory holds would be infinite
+    if not pair.stored:
+        # What a mask keeps at zero is no direction that the weight could have had.
+        matrix = matrix[matrix.any(1)][:, matrix.any(0)]
     most = min(*matrix.shape, _SIDE)
     if most < 8:
         return None
