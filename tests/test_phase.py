@@ -110,6 +110,14 @@ MOVED = FRESH + np.outer(RNG.normal(size=64), RNG.uniform(0, 1, 80)) * 0.02
         # Scales that one law drew in every layer were not trained; those whose means differ from layer to layer were.
         ([weight("a", FRESH), *(vector(f"s{i}", "scale", RNG.normal(1, 0.02, 256)) for i in range(4))], "init"),
         ([weight("a", FRESH), *(vector(f"s{i}", "scale", RNG.normal(1 + i / 99, 0.02, 256)) for i in range(4))], "trained"),
+        # Biases of one value, as of several critics, were drawn or trained: nothing tells.
+        (
+            [
+                *(weight("a", FRESH), weight("b", FRESH), vector("ab", "bias", [-0.0167], "a")),
+                *(vector("bb", "bias", [0.03], "b"), vector("cb", "bias", [-0.01], "c")),
+            ],
+            "init",
+        ),
         # Running statistics that moved prove only that data passed.
         (
             [

@@ -104,8 +104,10 @@ def _vector_phase(record: TensorRecord) -> TensorPhase:
     if m.count == 0 or m.nan or m.inf:
         return "unknown"
     if m.m2 == 0:
-        # One value is a constant whatever happened to it, unless it is the constant that it was given.
-        return "init" if m.mean in (0.0, 1.0) or m.count > 1 else "trained"
+        if m.mean in (0.0, 1.0) or m.count > 1:
+            return "init"
+        # One value is a constant whatever happened to it: a scale was given 1, but a bias may have been drawn.
+        return "unknown" if record.kind == "bias" else "trained"
     if record.levels is not None and record.levels <= _LEVELS and m.count >= _MANY * record.levels:
         return "init"  # blocks of constants, as of a gate that starts open: no step leaves so many values equal
     if record.kind == "bias" and record.recognition is not None:
