@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -9,6 +10,9 @@ def main() -> None:
     """Runs the command line and exits with its status."""
     from initaudit.cli import run
 
+    # numpy's BLAS would start threads for each of the small products that a pass over a tensor is made of: they cost more than
+    # they bring, and --jobs has the cores do more of them side by side. It is asked once, when numpy is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -92,6 +92,7 @@ def _side_by_side(jobs: Sequence[tuple[str, Config]], workers: int) -> Iterator[
     # Each process would otherwise start as many threads as there are cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     # A forked child of a process in which torch has started threads can hang.
+    jobs = [(source, dataclasses.replace(config, jobs=max(1, config.jobs // workers))) for source, config in jobs]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
             yield from pool.map(_audited, *zip(*jobs, strict=True))

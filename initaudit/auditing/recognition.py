@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from initaudit.expect.recognise import Recognition, recognise
 from initaudit.expect.scheme import Site, site_of
 from initaudit.load.checkpoint import Array
 from initaudit.measure.moments import Moments
-from initaudit.measure.observation import observe
+from initaudit.measure.observation import Observation, observe, survey
 from initaudit.pair.records import Pair
 from initaudit.rules.evidence import LayerEvidence, ModelPhase
 
@@ -45,6 +45,20 @@ def with_recognition(layers: tuple[LayerEvidence, ...], arrays: Mapping[str, Arr
     return tuple(found)
 
 
+def surveyed(
+    array: Array, arrays: Mapping[str, Array], layer_of: Callable[[Moments], LayerEvidence]
+) -> tuple[Moments, LayerEvidence]:
+    """The moments of a stored weight, and the layer that `layer_of` makes of them with the schemes that fit, of one reading.
+
+    Raises InitauditError where it cannot be read.
+    """
+    values = array.read()
+    moments, seen = survey(values, _bits(array))
+    layer = layer_of(moments)
+    recognition = _judged(values, seen, layer, arrays) if moments.size else None
+    return moments, dataclasses.replace(layer, recognition=recognition)
+
+
 def _bits(array: Array | None) -> int:
     """The bits of the integers that a weight was dequantised from; 0 where it was not, or where they tell no more."""
     found = re.search(r"\d+", array.quantized) if array is not None else None
@@ -56,18 +70,22 @@ def _recognition(layer: LayerEvidence, arrays: Mapping[str, Array]) -> Recogniti
         return None
     try:
         values = layer.read()
-        found = recognise(observe(values, _bits(arrays.get(layer.pair.tensor))), site(layer.pair))
-        if found.verdict == "trained" and not layer.pair.stored:
-            found = _as_stored(layer, arrays, found)
-        if found.verdict == "trained" and (folded := _without_copies(values)).shape != values.shape:
-            found = recognise(observe(folded), _part(layer.pair, folded.shape))
-        if found.verdict == "trained":
-            found = _in_parts(values, layer, found)
-        if found.verdict == "trained":
-            return _second_look(values, layer, found)
-        return found
+        return _judged(values, observe(values, _bits(arrays.get(layer.pair.tensor))), layer, arrays)
     except InitauditError:
         return None  # its bytes cannot be read: the loader has said so
+
+
+def _judged(values: np.ndarray[Any, Any], seen: Observation, layer: LayerEvidence, arrays: Mapping[str, Array]) -> Recognition:
+    found = recognise(seen, site(layer.pair))
+    if found.verdict == "trained" and not layer.pair.stored:
+        found = _as_stored(layer, arrays, found)
+    if found.verdict == "trained" and (folded := _without_copies(values)).shape != values.shape:
+        found = recognise(observe(folded), _part(layer.pair, folded.shape))
+    if found.verdict == "trained":
+        found = _in_parts(values, layer, found)
+    if found.verdict == "trained":
+        return _second_look(values, layer, found)
+    return found
 
 
 def _as_stored(layer: LayerEvidence, arrays: Mapping[str, Array], found: Recognition) -> Recognition:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from initaudit.auditing.result import model_report
+from initaudit.auditing.tensors import measure_all, survey_all
 from initaudit.config import Config
 from initaudit.errors import InitauditError, UnreadableModel, UsageError
 from initaudit.load import from_module, is_module_spec, load, load_proto
-from initaudit.load.checkpoint import Array, Checkpoint, Problem
-from initaudit.measure.moments import Moments, measure
+from initaudit.load.checkpoint import Checkpoint
 from initaudit.report.report import Layer, ModelReport, Verdict
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.rule import Finding
@@ -152,19 +152,20 @@ def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, pro
 
 def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = _silent) -> Evidence:
     """Runs the stages in order: measure, graph, pair, expect, probe. Nothing is judged here."""
-    tensors, unreadable = measure_all(checkpoint.arrays, progress)
-    checkpoint = dataclasses.replace(checkpoint, problems=(*checkpoint.problems, *unreadable))
+    static = checkpoint.program is None
+    seen = survey_all(checkpoint, progress, config.jobs) if static else measure_all(checkpoint.arrays, progress, config.jobs)
+    tensors = seen.moments
+    checkpoint = dataclasses.replace(checkpoint, problems=(*checkpoint.problems, *seen.problems))
     lost = {p.tensor for p in checkpoint.problems if p.code == "IA001"}
     if lost and not tensors and lost.issuperset(checkpoint.arrays) and all(p.code == "IA001" for p in checkpoint.problems):
         # Nothing is left to judge: the model as a whole cannot be read.
         raise UnreadableModel(checkpoint.source, *_whole(checkpoint))
-    if checkpoint.program is None:
-        from initaudit.auditing.recognition import in_company, with_recognition
-        from initaudit.auditing.static import NOTE, named_layers, norm_vectors
+    if static:
+        from initaudit.auditing.recognition import in_company
+        from initaudit.auditing.static import NOTE, norm_vectors
 
         checkpoint = dataclasses.replace(checkpoint, notes=(*checkpoint.notes, NOTE))
-        layers = with_recognition(named_layers(checkpoint, tensors), checkpoint.arrays)
-        phase, layers = in_company(layers, checkpoint.arrays, tensors, norm_vectors(checkpoint), config)
+        phase, layers = in_company(tuple(seen.layers), checkpoint.arrays, tensors, norm_vectors(checkpoint), config)
         why = str(checkpoint.metadata.get("no_program", "the file holds weights and no program"))
         return Evidence(checkpoint, config, phase, layers, tensors, no_probe=why)
     from initaudit.auditing.program import open_program
@@ -178,23 +179,3 @@ def _whole(checkpoint: Checkpoint) -> tuple[str, str, str]:
     count = len(checkpoint.problems)
     many = f"none of its {count} tensors can be read, the first: " if count > 1 else ""
     return many + checkpoint.problems[0].message.removeprefix(f"{checkpoint.source}: "), "", "fetch or save the file again"
-
-
-def measure_all(arrays: Mapping[str, Array], progress: Progress) -> tuple[dict[str, Moments], Sequence[Problem]]:
-    """The moments of every floating-point array, shared bytes once; arrays that cannot be read become problems (IA001)."""
-    found: dict[str, Moments] = {}
-    by_storage: dict[tuple[str, tuple[int, ...]], Moments] = {}
-    problems = []
-    for name, array in arrays.items():
-        if not array.dtype.startswith(("float", "bfloat")):
-            continue
-        key = (array.storage, array.shape)
-        if array.storage and key in by_storage:
-            found[name] = by_storage[key]
-            continue
-        progress(f"measuring {name}")
-        try:
-            found[name] = by_storage[key] = measure(array.read())
-        except InitauditError as error:
-            problems.append(Problem("IA001", name, str(error)))
-    return found, problems

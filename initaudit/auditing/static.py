@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from initaudit.expect.expectation import expected_variances, standard_error
-from initaudit.graph.from_names import NamedWeight, infer
+from initaudit.graph.from_names import NamedWeight
 from initaudit.load.checkpoint import Array, Checkpoint
 from initaudit.location import Location
 from initaudit.measure.moments import Moments
@@ -16,13 +14,8 @@ from initaudit.rules.remedy import attribute_path
 NOTE = "no program: fans and roles are inferred from shapes and names, activations are unknown"
 
 
-def named_layers(checkpoint: Checkpoint, measured: Mapping[str, Moments]) -> tuple[LayerEvidence, ...]:
-    """One entry for each tensor that looks like a weight, in the order of the file."""
-    weights = [w for w in infer(checkpoint.arrays) if w.name in measured]
-    return tuple(_layer(weight, checkpoint.arrays[weight.name], measured[weight.name]) for weight in weights)
-
-
-def _layer(weight: NamedWeight, array: Array, moments: Moments) -> LayerEvidence:
+def named_layer(weight: NamedWeight, array: Array, moments: Moments) -> LayerEvidence:
+    """The layer of a tensor that looks like a weight."""
     use = weight.use
     fan_in, fan_out = use.fans(weight.shape)
     module = weight.name.rpartition(".")[0]

@@ -166,7 +166,7 @@ def _spectrum(
     picked = alive[np.linspace(0, alive.size - 1, rows).astype(np.int64)]
     left = (matrix.shape[1] - columns) // 2
     every = rows == matrix.shape[0]
-    block = np.ascontiguousarray(matrix[:, left : left + columns] if every else matrix[picked, left : left + columns])
+    block = _rows_of(matrix[:, left : left + columns], np.arange(rows) if every else picked, matrix)
     # Scaled first: squares of the smallest and largest values leave the range of float32.
     b = (block.astype(np.float64) / math.sqrt(moments.moment2)).astype(np.float32)
     total = float(np.sum(b * b, dtype=np.float64))
@@ -183,6 +183,16 @@ def _spectrum(
         vector /= max(norm, 1e-30)
         value = norm
     return (rows, columns), value * rows * columns / total, tuple(lags)
+
+
+def _rows_of(view: np.ndarray[Any, Any], picked: Vector, whole: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The rows `picked` of a view of `whole`: with each row of a file some megabytes around it come into memory."""
+    parts = []
+    for places in np.array_split(picked, 32 if whole.nbytes > WINDOW else 1):
+        parts.append(view[places])
+        if whole.nbytes > WINDOW:
+            forget(whole)
+    return np.concatenate(parts)
 
 
 def _structure(

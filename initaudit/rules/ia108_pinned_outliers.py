@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from initaudit.measure.blocks import blocks
+from initaudit.measure.blocks import blocks, forget
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import each, expression_of
@@ -97,14 +97,16 @@ def _pinned(layer: LayerEvidence) -> tuple[float, int, float] | None:
     if not moments.m2 > 0 or moments.count < 1000 or not largest > 6 * moments.std:
         return None
     values = layer.read()
-    # A view: of a tensor of gigabytes no copy is made.
-    sample = values.reshape(-1)[:: max(1, values.size // _SAMPLE)] if values.flags.c_contiguous else values
-    spread = float(np.median(np.abs(sample.astype(np.float32, copy=False)))) / _NORMAL_MEDIAN
-    if not spread > 0 or largest < _FAR * spread:
-        return None
-    bound = np.float32(largest)
-    at = sum(int(np.count_nonzero(np.abs(part.astype(np.float32, copy=False)) == bound)) for part in blocks(values))
-    if at > _SHARE * values.size:
+    step = max(1, values.size // _SAMPLE)
+    picked, seen, at = [], 0, 0
+    for block in blocks(values):
+        size = np.abs(block.astype(np.float32, copy=False))
+        picked.append(size[-seen % step :: step])
+        seen += size.size
+        at += int(np.count_nonzero(size == np.float32(largest)))
+        forget(block)
+    spread = float(np.median(np.concatenate(picked))) / _NORMAL_MEDIAN
+    if not spread > 0 or largest < _FAR * spread or at > _SHARE * values.size:
         return None
     return (moments.min if -moments.min >= moments.max else moments.max), at, spread
 

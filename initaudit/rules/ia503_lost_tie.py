@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from initaudit.measure.blocks import blocks, forget
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example
 from initaudit.rules.remedy import expression_of, parameter
@@ -152,12 +154,22 @@ def _in_folder(evidence: Evidence) -> tuple[str, str, float] | None:
     # More than a table for each side and a head are other matrices that happen to have this shape.
     if not 1 < len(single) < 5:
         return None
-    first = single[0].read().astype(np.float32)
     for other in single[1:]:
-        difference = float(np.linalg.norm(other.read().astype(np.float32) - first) / max(float(np.linalg.norm(first)), 1e-30))
+        difference = _difference(single[0].read(), other.read())
         if difference > 0:
             return other.name, single[0].name, difference
     return None
+
+
+def _difference(first: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
+    """The norm of the difference of two arrays of one shape over that of the first; a table may be too large to be copied."""
+    apart = size = 0.0
+    for a, b in zip(blocks(first), blocks(other), strict=True):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        apart, size = apart + float(np.sum((x - y) ** 2)), size + float(np.sum(x**2))
+        forget(a)
+        forget(b)
+    return math.sqrt(apart / max(size, 1e-60))
 
 
 def _model(*, tied: bool) -> Any:

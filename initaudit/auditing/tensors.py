@@ -1,0 +1,104 @@
+"""The pass over the tensors of a checkpoint: each is read once, several side by side where the user asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from initaudit.errors import InitauditError
+from initaudit.load.checkpoint import Array, Checkpoint, Problem
+from initaudit.measure.moments import Moments, measure
+from initaudit.rules.evidence import LayerEvidence
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass
+class Tensors:
+    """The moments of every floating-point tensor, those that cannot be read as problems (IA001), and the layers seen."""
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    layers: list[LayerEvidence] = field(default_factory=list)
+
+
+def side_by_side(function: Callable[[_Item], _Result], items: Iterable[_Item], jobs: int) -> Iterator[_Result]:
+    """`function` of every item, in their order, in `jobs` threads: what takes time is numpy, which lets others run."""
+    if jobs == 1:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield from pool.map(function, items)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def measure_all(arrays: Mapping[str, Array], progress: Callable[[str], None], jobs: int = 1) -> Tensors:
+    """The moments of every floating-point array, shared bytes once."""
+    names: dict[object, list[str]] = {}
+    for name, array in arrays.items():
+        if _measured(array):
+            names.setdefault((array.storage, array.shape) if array.storage else name, []).append(name)
+    groups = list(names.values())
+    found = Tensors()
+    for group, result in zip(groups, side_by_side(lambda group: _moments(arrays[group[0]]), groups, jobs), strict=True):
+        progress(f"measuring {group[0]}")
+        if isinstance(result, Moments):
+            found.moments.update(dict.fromkeys(group, result))
+        else:
+            found.problems += [Problem("IA001", name, str(result)) for name in group]
+    return _in_order(found, arrays)
+
+
+def survey_all(checkpoint: Checkpoint, progress: Callable[[str], None], jobs: int = 1) -> Tensors:
+    """The same, and the layers of a checkpoint without a program as shapes and names tell, with the schemes that fit."""
+    from initaudit.auditing.recognition import surveyed
+    from initaudit.auditing.static import named_layer
+    from initaudit.graph.from_names import infer
+
+    arrays = checkpoint.arrays
+    weights = {weight.name: weight for weight in infer(arrays)}
+
+    def look(name: str) -> tuple[Moments | InitauditError, LayerEvidence | None]:
+        array, weight = arrays[name], weights.get(name)
+        if weight is None:
+            return _moments(array), None
+        try:
+            moments, recognition = surveyed(array, arrays, lambda moments: named_layer(weight, array, moments))
+        except InitauditError as error:
+            return error, None
+        return moments, recognition
+
+    found = Tensors()
+    names = [name for name, array in arrays.items() if _measured(array)]
+    for name, (moments, layer) in zip(names, side_by_side(look, names, jobs), strict=True):
+        progress(f"measuring {name}")
+        if isinstance(moments, Moments):
+            found.moments[name] = moments
+        else:
+            found.problems.append(Problem("IA001", name, str(moments)))
+        found.layers += [layer] if layer is not None else []
+    return found
+
+
+def _measured(array: Array) -> bool:
+    return array.dtype.startswith(("float", "bfloat"))
+
+
+def _moments(array: Array) -> Moments | InitauditError:
+    try:
+        return measure(array.read())
+    except InitauditError as error:
+        return error
+
+
+def _in_order(found: Tensors, arrays: Mapping[str, Array]) -> Tensors:
+    found.moments = {name: found.moments[name] for name in arrays if name in found.moments}
+    place = {name: i for i, name in enumerate(arrays)}
+    found.problems.sort(key=lambda problem: place[problem.tensor])
+    return found
