@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from initaudit.auditing.gains import Gains
-from initaudit.auditing.probing import summary
-from initaudit.auditing.whole import probe_report
 from initaudit.measure.against import KINDS
 from initaudit.measure.moments import Moments
 from initaudit.probe.trace import Units
@@ -40,7 +38,7 @@ def model_report(evidence: Evidence, findings: Sequence[Finding]) -> ModelReport
         notes=(*_against(evidence), *_probe_notes(evidence), *evidence.checkpoint.notes, *graph_notes),
         changes=_changes(evidence),
         cause=risk.cause if risk is not None else "",
-        probe=probe_report(evidence),
+        probe=_network(evidence),
     )
 
 
@@ -49,6 +47,14 @@ def _changes(evidence: Evidence) -> dict[str, tuple[str, ...]]:
         return {}
     found = {kind: tuple(c.tensor for c in evidence.base.of(kind)) for kind in KINDS}
     return {kind: tensors for kind, tensors in found.items() if tensors}
+
+
+def _network(evidence: Evidence) -> dict[str, Any]:
+    if evidence.trace is None and evidence.prediction is None:
+        return {}
+    from initaudit.auditing.whole import probe_report  # it imports torch, which audits of weights alone do without
+
+    return probe_report(evidence)
 
 
 def _against(evidence: Evidence) -> tuple[str, ...]:
@@ -62,6 +68,8 @@ def _against(evidence: Evidence) -> tuple[str, ...]:
 def _probe_notes(evidence: Evidence) -> Iterator[str]:
     """What was asked of the probe beyond one run, in words."""
     if evidence.trace is not None and evidence.trace.rehearsal is not None:
+        from initaudit.auditing.probing import summary  # it imports torch, which audits of weights alone do without
+
         yield from summary(evidence.trace.rehearsal)
     if evidence.risk_spread:
         wide, most = max(evidence.risk_spread.items(), key=lambda item: item[1])

@@ -66,11 +66,11 @@ class NanOrInf(Rule):
 
     def _signal(self, evidence: Evidence) -> Iterator[Finding]:
         """Where the probe's signal, or its gradient, stops being finite."""
-        from initaudit.graph.graph import location_of
-
         trace, graph = evidence.trace, evidence.graph
         if trace is None or graph is None or not trace.broken:
             return
+        from initaudit.graph.graph import location_of
+
         forward = any(not s.finite for n in trace.outputs if (s := trace.signals.get(n)) is not None)
         place = trace.first_non_finite if forward else trace.first_non_finite_gradient or trace.first_non_finite
         what = "signal" if forward else "gradient"
