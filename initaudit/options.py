@@ -53,7 +53,7 @@ CONFIG_OPTIONS = (
     click.option("--rehearse", type=click.IntRange(min=0), metavar="N", help="Train a copy for N steps as well."),
     click.option("--trust", is_flag=True, help="The source may run code of its own."),
     click.option("--cache/--no-cache", default=True, help="Take the report on an unchanged file from the cache."),
-    click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Models audited side by side, and tensors of one model."),
+    click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Models side by side, and tensors of one model."),
 )
 _FIELDS = frozenset(field.name for field in dataclasses.fields(Config)) - {"models", "origin"}
 

@@ -80,6 +80,8 @@ def merge(*parts: Moments) -> Moments:
     parts = tuple(p for p in parts if p.count)
     if not parts:
         return Moments(zeros=zeros, nan=nan, inf=inf)
+    if len(parts) == 1:
+        return replace(parts[0], zeros=zeros, nan=nan, inf=inf)
     table = np.array([(p.count, p.mean, p.m2, p.m3, p.m4) for p in parts], np.float64)
     count, means, m2, m3, m4 = table.T
     total = float(count.sum())

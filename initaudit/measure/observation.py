@@ -132,7 +132,8 @@ def _gather(line: np.ndarray[Any, Any]) -> Vector:
     """The values of a vector at `_places`, as float64."""
     picked = []
     for places in np.array_split(_places(line.size), 16):
-        picked.append(line[places].astype(np.float64))
+        with np.errstate(invalid="ignore"):  # arbitrary bytes are signalling NaNs too
+            picked.append(line[places].astype(np.float64))
         if line.nbytes > WINDOW:
             forget(line)
     return np.concatenate(picked)

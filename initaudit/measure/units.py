@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ class _Tiles:
         self.scratch = Scratch(min(self.height, max(1, rows)) * self.width)
         self.row, self.row_squares = np.zeros((rows, 2)), np.zeros(rows)
         self.column, self.column_squares = np.zeros(columns), np.zeros(columns)
-        signs = np.random.default_rng(0x1D0).choice(np.array([-1, 1], np.float32), columns)
+        signs = _signs(columns)
         both = np.stack([np.ones(columns, np.float32), signs], axis=1)
         # Where widening puts columns at even places first, so do the factors and the sums of each tile.
         # Sums and keys of rows come out of one product with two columns.
@@ -129,12 +130,17 @@ class _Tiles:
     def sums(self) -> UnitSums:
         """What was added up."""
         for left, order in zip(range(0, self.shape[1], self.width), self.orders, strict=True):
-            for sums in (self.column, self.column_squares):
+            for sums in (self.column, self.column_squares) if order is _HALVES else ():
                 here = sums[left : left + self.width]
                 parts = np.split(here.copy(), len(order))
                 for every, part in zip(order, parts, strict=True):
                     here[every] = part
         return UnitSums(self.shape, self.row[:, 0], self.row_squares, self.column, self.column_squares, self.row[:, 1])
+
+
+@lru_cache(maxsize=16)
+def _signs(columns: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0x1D0).choice(np.array([-1, 1], np.float32), columns)
 
 
 def _row_squares(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
