@@ -16,6 +16,7 @@ from initaudit.expect.phase import BIAS_LAWS, PhaseEvidence, TensorRecord, phase
 from initaudit.expect.recognise import Recognition, recognise
 from initaudit.expect.scheme import Site, site_of
 from initaudit.load.checkpoint import Array
+from initaudit.measure.blocks import BLOCK, forget
 from initaudit.measure.moments import Moments
 from initaudit.measure.observation import Observation, observe, survey
 from initaudit.pair.records import Pair
@@ -131,11 +132,23 @@ def _without_copies(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             # One row tells nearly all tensors apart.
             if not np.array_equal(np.abs(first[:1]), np.abs(second[:1])):
                 break
-            if not (np.array_equal(first, second) or np.array_equal(first, -second)):
+            if not (_equal(first, second, 1) or _equal(first, second, -1)):
                 break
             values = first
     copies = values.ndim > 2 and len(values) > 1 and all(np.array_equal(v, values[0]) for v in values[1:])
     return np.ascontiguousarray(values[:1] if copies else values)
+
+
+def _equal(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any], sign: int) -> bool:
+    """Whether `first` is `second` times `sign`, compared piece by piece: the two may be gigabytes of a file."""
+    height = max(1, BLOCK * len(first) // max(1, first.size))
+    for top in range(0, len(first), height):
+        a, b = first[top : top + height], second[top : top + height]
+        if not np.array_equal(a, b if sign > 0 else -b):
+            return False
+        forget(a)
+        forget(b)
+    return True
 
 
 def _second_look(values: np.ndarray[Any, Any], layer: LayerEvidence, found: Recognition) -> Recognition:
