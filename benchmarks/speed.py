@@ -9,14 +9,10 @@ Parts: pass, variants, threads, startup, memory, disk, growth, whole. One thread
 
 from __future__ import annotations
 
-import os
-
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1"  # read when numpy and torch are imported
-
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -31,6 +27,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+# Read when numpy and torch are imported, so that they have to be there before.
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 Runs = Mapping[str, Callable[[], object]]
 
 
@@ -168,11 +166,11 @@ def startup(folder: Path, quick: bool) -> None:
         "bare Python": command("-c", "pass"),
         "--version": command("-m", "initaudit", "--version"),
         "--help": command("-m", "initaudit", "--help"),
-        "audit of 1 MB of safetensors": command("-m", "initaudit", str(small)),
+        "audit of 1 MB of safetensors": command("-m", "initaudit", "--no-cache", str(small)),
     }
     torch: Runs = {
         "import torch": command("-c", "import torch"),
-        "audit of small.onnx, probed": command("-m", "initaudit", str(folder / "small.onnx")),
+        "audit of small.onnx, probed": command("-m", "initaudit", "--no-cache", str(folder / "small.onnx")),
     }
     for runs, rounds in ((bare, 5 if quick else 15), (torch, 3 if quick else 7)):
         found = medians(runs, rounds)
@@ -227,7 +225,7 @@ def disk(folder: Path, quick: bool) -> None:
             return False
         return True
 
-    ours = command("-m", "initaudit", str(shards), "--jobs", "2")
+    ours = command("-m", "initaudit", "--no-cache", str(shards), "--jobs", "2")
     cat()
     found = medians({"cat": cat, "audit": ours}, 3 if quick else 2)
     print(f"disk      {size / 1e9:.1f} GB, warm, --jobs 2{'':11}{found['audit'] / found['cat']:8.2f} of cat")
@@ -365,6 +363,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--folder", type=Path, help="where files are written; default: a temporary folder")
     chosen = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in THREADS.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **THREADS})
     for part in chosen.parts or PARTS:
         folder = Path(tempfile.mkdtemp(dir=chosen.folder))
         try:
