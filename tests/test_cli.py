@@ -418,7 +418,8 @@ def test_every_shell_gets_its_completion(capsys):
 
 
 STAND_IN = """
-import sys, time, dataclasses
+import signal, sys, time, dataclasses
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 sys.path.insert(0, {tests!r})
 import initaudit.session as session
 from sample_report import deep_model

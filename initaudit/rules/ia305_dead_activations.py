@@ -43,13 +43,14 @@ class DeadActivations(Rule):
         if evidence.trace is None:
             return
         found = []
+        steadied = _steadied(evidence)
         for layer in evidence.layers:
             # A ReLU is off at zero: behind a zero-initialised layer that says nothing about its units.
             if not any(r.output_moment2 for r in layer.records):
                 continue
             for feed in layer.feeds:
                 signal = evidence.trace.signals.get(feed.node)
-                if signal is None or signal.dead is None or not signal.shape:
+                if signal is None or signal.dead is None or not signal.shape or feed.node in steadied:
                     continue
                 units = min(max(signal.shape[1:], default=1), layer.moments.count)
                 if units >= _FEW and signal.dead > _ALIKE + SIGMAS * math.sqrt(0.25 / units):
@@ -83,3 +84,9 @@ class DeadActivations(Rule):
     def invalid(cls) -> tuple[Example, ...]:
         """Biases that switch units off."""
         return (example("biases of -9", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-9))),)
+
+
+def _steadied(evidence: Evidence) -> frozenset[str]:
+    """Exponentials of what a maximum was taken from: a running log-sum-exp, whose lesser terms are meant to underflow."""
+    feeds = (feed for layer in evidence.layers for feed in layer.feeds if feed.activation.name == "exp")
+    return frozenset(f.node for f in feeds if any(step.lower() in ("maximum", "max") for step in f.path))
