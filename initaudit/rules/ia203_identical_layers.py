@@ -117,7 +117,7 @@ class IdenticalLayers(Rule):
 
     def _groups(self, evidence: Evidence, drawn: list[LayerEvidence]) -> Iterator[list[LayerEvidence]]:
         """Groups of layers with the same units, in whatever order and with whatever signs."""
-        for candidates in _alike(drawn):
+        for candidates in (run for run in _alike(drawn) if len(run) > 1):
             storages: set[str] = set()
             by_rows: dict[bytes, list[LayerEvidence]] = {}
             by_columns: dict[bytes, list[LayerEvidence]] = {}
