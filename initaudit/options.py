@@ -51,7 +51,7 @@ CONFIG_OPTIONS = (
     click.option("--probe-seeds", type=click.IntRange(min=1), metavar="N", help="Probe so often: error bars of the risk."),
     click.option("--baseline", type=click.Path(), metavar="FILE", help="Leave out the findings accepted in this file."),
     click.option("--rehearse", type=click.IntRange(min=0), metavar="N", help="Train a copy for N steps as well."),
-    click.option("--trust", is_flag=True, help="The source may run code of its own."),
+    click.option("--trust", is_flag=True, help="PyTorch may load and run an exported program or TorchScript."),
     click.option("--cache/--no-cache", default=True, help="Take the report on an unchanged file from the cache."),
     click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Models side by side, and tensors of one model."),
 )

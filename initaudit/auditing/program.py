@@ -17,6 +17,7 @@ from initaudit.config import Config
 from initaudit.errors import InitauditError, LimitExceeded, UsageError
 from initaudit.graph.calls import role_of
 from initaudit.graph.execute import specialise
+from initaudit.graph.from_exported import ReadProgram
 from initaudit.graph.from_onnx import from_onnx
 from initaudit.graph.from_torch import from_module
 from initaudit.graph.graph import Graph, location_of, shape_of
@@ -26,7 +27,7 @@ from initaudit.onnx_ops.budget import Budget, metered
 from initaudit.pair.pair import pair
 from initaudit.pair.records import Pair
 from initaudit.probe.graph_inputs import for_graph
-from initaudit.probe.inputs import for_module, load_data, match_data, parse_spec
+from initaudit.probe.inputs import InputSpec, for_module, load_data, match_data, parse_spec
 from initaudit.rules.evidence import Evidence
 
 BATCH = 8  # examples of a probe: enough to compare them with each other, few enough to be done in a second or two
@@ -130,6 +131,8 @@ def _module(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Calla
     if inputs is None:
         progress("finding inputs")
         shapes = {name: parse_spec(name, text) for name, text in config.inputs.items()}
+        said = checkpoint.metadata.get("inputs", {})  # what the file itself says
+        shapes = {**{name: InputSpec(*spec) for name, spec in said.items()}, **shapes}
         inputs, keywords = for_module(module, shapes=shapes, batch=batch, seed=config.seed)
     elif isinstance(inputs, Mapping):
         inputs, keywords = (), inputs
@@ -137,7 +140,11 @@ def _module(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Calla
         inputs = (inputs,)
     progress("tracing")
     graph = from_module(module, tuple(inputs), keywords)
-    return Program(checkpoint, config, graph, graph.examples, "", progress, synthetic)
+    budget = budget_of(checkpoint)
+    reason = _swells(graph, budget.elements, ALL_OUTPUTS) if isinstance(module, ReadProgram) else ""
+    if reason and _swells(graph, budget.shape_elements):
+        raise LimitExceeded(checkpoint.source, f"running it would take more than any network needs ({reason})")
+    return Program(checkpoint, config, graph, graph.examples, reason, progress, synthetic)
 
 
 def _names_all(module: nn.Module, data: Mapping[str, Any]) -> bool:

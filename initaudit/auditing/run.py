@@ -139,6 +139,11 @@ def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, pro
 
         progress("building the architecture")
         checkpoint = in_architecture(checkpoint, config.arch)
+    elif checkpoint.program is None and checkpoint.format in ("exported_program", "torchscript") and checkpoint.arrays:
+        from initaudit.auditing.read_program import with_program
+
+        progress("reading the file's graph")
+        checkpoint = with_program(checkpoint, config)
     evidence = gather(checkpoint, config, inputs=inputs, progress=progress)
     if config.base is not None:
         from initaudit.measure.against import against
@@ -152,6 +157,11 @@ def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, pro
 
 def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = _silent) -> Evidence:
     """Runs the stages in order: measure, graph, pair, expect, probe. Nothing is judged here."""
+    program: Program | None = None
+    if checkpoint.program is not None and checkpoint.format in ("exported_program", "torchscript") and config.arch is None:
+        from initaudit.auditing.read_program import opened
+
+        checkpoint, program = opened(checkpoint, config, inputs, progress)
     static = checkpoint.program is None
     seen = survey_all(checkpoint, progress, config.jobs) if static else measure_all(checkpoint.arrays, progress, config.jobs)
     tensors = seen.moments
@@ -170,8 +180,8 @@ def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progre
         return Evidence(checkpoint, config, phase, layers, tensors, no_probe=why)
     from initaudit.auditing.program import open_program
 
-    program: Program = open_program(checkpoint, config, inputs, progress)
-    return program.evidence(tensors)
+    program = program or open_program(checkpoint, config, inputs, progress)
+    return dataclasses.replace(program, checkpoint=checkpoint).evidence(tensors)
 
 
 def _whole(checkpoint: Checkpoint) -> tuple[str, str, str]:

@@ -39,8 +39,8 @@ def _role(target: Any) -> Role:
         return aten_role(target)
     if target is operator.getitem:
         return _GETITEM
-    if isinstance(target, (Unknown, SchemaCall)) or not callable(target):
-        return _OPAQUE
+    if isinstance(target, (Unknown, SchemaCall, torch._ops.HigherOrderOperator)) or not callable(target):
+        return _OPAQUE  # torch.cond and its kind: which branch runs is not known here
     if isinstance(target, ControlCall):
         return target.operator.role
     return STEPS[target] if target in STEPS else registry.role_of(target)

@@ -1,4 +1,4 @@
-"""Exported programs (torch.export.save, .pt2): weights and constants; the graph is not loaded.
+"""Exported programs (torch.export.save, .pt2): weights, constants and the graph; torch.export.load is not called.
 
 Since PyTorch 2.8 an archive keeps each tensor as a raw member that a JSON file describes; before, two torch.save archives
 stood inside it.
@@ -7,6 +7,7 @@ stood inside it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
+from initaudit.load.exported_graph import SCALAR_TYPES, read_graph
 from initaudit.load.pickle_arrays import as_array, code_problems, leaves
 from initaudit.load.pickle_values import Recorder, Storage, Tensor
 from initaudit.load.spans import Span, show
@@ -22,12 +24,8 @@ from initaudit.load.zip_entries import Entry, is_zip, member_names, read_entries
 
 FORMAT = "exported_program"
 MAX_JSON = 64 << 20
-# torch/_export/serde/schema.py, ScalarType
-SCALAR_TYPES = {
-    1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float16", 7: "float32", 8: "float64", 10: "complex64",
-    11: "complex128", 12: "bool", 13: "bfloat16", 28: "uint16", 29: "float8_e4m3fn", 30: "float8_e5m2",
-    31: "float8_e4m3fnuz", 32: "float8_e5m2fnuz",
-}  # fmt: skip
+MAX_GRAPH = 256 << 20
+_GRAPH = re.compile(r"(^|/)(models/[^/]+\.json|serialized_exported_program\.json)$")
 Entries = dict[str, list[Entry]]
 
 
@@ -60,7 +58,22 @@ def load(path: Path) -> Checkpoint:
     if not arrays and not problems:
         raise UnreadableModel(where, "an exported program without weights")
     learned = {name: a if "float" in a.dtype else replace(a, trainable=False) for name, a in arrays.items()}
-    return Checkpoint(str(path), FORMAT, learned, problems=tuple(problems), notes=notes)
+    metadata = _graph(entries, where)
+    return Checkpoint(str(path), FORMAT, learned, problems=tuple(problems), notes=notes, metadata=metadata)
+
+
+def _graph(entries: Entries, where: str) -> dict[str, Any]:
+    """The graph of the archive's one program as metadata: "graph", or "no_program" with why there is none."""
+    names = [name for name in entries if _GRAPH.search(name)]
+    if len(names) != 1:
+        return {"no_program": f"the archive holds {len(names)} graphs"}
+    entry = entries[names[0]][0]
+    try:
+        if len(entries[names[0]]) > 1 or entry.size > MAX_GRAPH:
+            raise UnreadableModel(where, f"{show(names[0])} of {entry.size} bytes", f"one of at most {MAX_GRAPH}")
+        return {"graph": read_graph(entry.data().read(), where)}
+    except UnreadableModel as error:
+        return {"no_program": str(error)}
 
 
 def _leaves_of(value: Any, where: str, problems: list[Problem]) -> dict[str, Array]:

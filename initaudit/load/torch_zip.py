@@ -5,6 +5,7 @@ The pickle is read by `pickle_reader`, never unpickled; storages are memory-mapp
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from initaudit.load.zip_entries import Entry, is_zip, member_names, read_entries
 FORMAT = "torch_zip"
 MAX_PICKLE = 256 << 20  # bytes of a pickle; tensors are no part of it
 MAIN = ("data.pkl", "constants.pkl")  # what torch.load and torch.jit.load open
+_EXAMPLES = re.compile(
+    r"/(data/sample_inputs/[^/]+\.pt|traced_inputs\.pkl|[^/]+\.debug_pkl)$"
+)  # what PyTorch itself puts there
 Entries = dict[str, list[Entry]]
 
 
@@ -91,7 +95,7 @@ def read_hidden(entries: Entries, where: str, recorder: Recorder) -> list[str]:
             continue
         for entry in found:
             try:
-                if look_into(entry.data(), f"{where}: {show(name)}", recorder, 1):
+                if look_into(entry.data(), f"{where}: {show(name)}", recorder, 1) and _EXAMPLES.search(name) is None:
                     notes.append(f"{show(name)} is a pickle beside the main one")
             except UnreadableModel as error:
                 if not entry.name.rpartition("/")[2].isdigit():  # a storage says so itself

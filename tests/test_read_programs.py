@@ -1,0 +1,198 @@
+"""Programs in files: the graphs of torch.export and TorchScript are read as data, and nothing of a file is run unasked."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from initaudit import audit
+from initaudit.errors import UnsupportedOperator
+from initaudit.graph.allowed import exported_target, overload, packet
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.relu(self.conv(self.norm(x)))
+
+
+class Net(nn.Module):
+    """A residual network with a region without gradients, of which every exporter makes something of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 16, 3, 2), nn.Sequential(Block(16), Block(16))
+        self.drop, self.head = nn.Dropout(0.1), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(F.gelu(self.stem(x)))
+        with torch.no_grad():
+            scale = torch.ones(x.shape[0], 16) * 0.5
+        return self.head(self.drop(x.mean((2, 3)) * scale))
+
+
+class Sequences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.cell, self.head = nn.Embedding(50, 8), nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 50)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cell(self.words(ids))[0])
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+BATCH = torch.export.Dim("batch", min=1, max=64)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
+    "residual": (Net, torch.zeros(2, 3, 32, 32)),
+    "sequences": (Sequences, torch.zeros(2, 12, dtype=torch.int64)),
+    "encoder": (lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.zeros(2, 10, 16)),
+}
+
+
+def told(path: Any, **config: Any) -> dict[str, tuple[Any, ...]]:
+    """What the report says of every weight, but for the numbers of a probe with other inputs."""
+    layers = audit(path, config=config).report.layers
+    return {
+        layer.tensor: (layer.operator, layer.fan_in, layer.fan_out, tuple(a.name for a in layer.activations))
+        for layer in layers
+    }
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_exported_program_is_paired_as_its_module(name: str, dynamic: bool, tmp_path: Path) -> None:
+    make, example = NETWORKS[name]
+    module = seeded(make)
+    path = tmp_path / "x.pt2"
+    torch.export.save(torch.export.export(module, (example,), dynamic_shapes=({0: BATCH},) if dynamic else None), path)
+    found = audit(path)
+    assert found.report.probe["batch"] == (8 if dynamic else 2)
+    assert told(path) == told(module)
+    assert [f.code for f in found.findings if f.code in ("IA001", "IA003", "IA004", "IA505")] == []
+    assert any("own graph" in note for note in found.report.notes)
+
+
+def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The archive with another description of its graph."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            data = old.read(info)
+            if info.filename.endswith("models/model.json"):
+                document = json.loads(data)
+                change(document)
+                data = json.dumps(document).encode()
+            new.writestr(info.filename, data)
+    return target
+
+
+def _expression(document: dict[str, Any], text: str) -> None:
+    graph = document["graph_module"]["graph"]
+    for meta in graph["tensor_values"].values():
+        meta["sizes"][0] = {"as_expr": {"expr_str": text, "hint": {"as_int": 2}}}
+    document["range_constraints"] = {text: {"min_val": 1, "max_val": 9}}
+    document["guards_code"] = [text]
+
+
+def _target(document: dict[str, Any], target: str) -> None:
+    document["graph_module"]["graph"]["nodes"][1]["target"] = target
+
+
+def _operand(document: dict[str, Any], argument: dict[str, Any]) -> None:
+    document["graph_module"]["graph"]["nodes"][1]["inputs"][0]["arg"] = argument
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any], str], None]] = {
+    "a size": lambda d, mark: _expression(d, f"__import__('os').system('touch {mark}')"),
+    "an operator of os": lambda d, mark: _target(d, "os.system"),
+    "an attribute of torch.ops": lambda d, mark: _target(d, "torch.ops.load_library"),
+    "an attribute of an operator": lambda d, mark: _target(d, "torch.ops.aten.relu.__class__"),
+    "a file": lambda d, mark: _target(d, "torch.ops.aten.from_file.default"),
+    "another library": lambda d, mark: _target(d, "torch.ops.inductor.accumulate_grad_.default"),
+    "a memory swap": lambda d, mark: _target(d, "torch.ops.aten.set_.source_Tensor"),
+    "an expression as operand": lambda d, mark: _operand(d, {"as_expr": f"__import__('os').system('touch {mark}')"}),
+    "a name that nothing makes": lambda d, mark: _operand(d, {"as_tensor": {"name": "__class__"}}),
+    "an object": lambda d, mark: _operand(d, {"as_custom_obj": {"name": "x", "class_fqn": "os.system"}}),
+    "no graph": lambda d, mark: d.update(graph_module=[]),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "x.pt2"
+    module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    torch.export.save(torch.export.export(seeded(lambda: module), (torch.zeros(2, 4),)), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_nothing_of_an_exported_program_is_run(kind: str, exported: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "run"
+    path = rewritten(exported, tmp_path / "x.pt2", lambda document: HOSTILE[kind](document, str(mark)))
+    found = audit(path)
+    assert not mark.exists()
+    assert {layer.tensor for layer in found.layers} == {"0.weight", "2.weight"}
+    if kind != "a size":  # which is not looked at
+        assert any(note.startswith("the file's graph gives no program: ") for note in found.report.notes), found.report.notes
+        assert {f.code for f in found.findings} == {"IA003", "IA004"}
+
+
+def test_a_size_runs_where_pytorch_loads_it(exported: Path, tmp_path: Path) -> None:
+    """The danger that the reader avoids is real: --trust runs it, and says so."""
+    mark = tmp_path / "run"
+    text = f"__import__('os').system('touch {mark}')"
+    path = rewritten(exported, tmp_path / "x.pt2", lambda document: _expression(document, text))
+    audit(path, config={"trust": True})
+    assert mark.exists()
+
+
+def test_trust_runs_what_the_reader_refuses(tmp_path: Path) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x), (x,))
+            return self.head(torch.relu(x))
+
+    path = tmp_path / "x.pt2"
+    torch.export.save(torch.export.export(seeded(Branching), (torch.ones(3, 4),)), path)
+    assert any("higher_order.cond" in note and "--trust" in note for note in audit(path).report.notes)
+    found = audit(path, config={"trust": True})
+    assert any("torch.export.load (--trust)" in note for note in found.report.notes)
+    assert found.report.probe
+    assert found.layers
+
+
+@pytest.mark.parametrize(
+    "name", ["set_", "resize_", "from_file", "_local_scalar_dense", "relu.default", "__class__", "", "record_stream"]
+)
+def test_operators_that_a_file_may_not_call(name: str) -> None:
+    with pytest.raises(UnsupportedOperator):
+        packet(name)
+
+
+def test_operators_that_write_to_what_they_are_given_as_output() -> None:
+    with pytest.raises(UnsupportedOperator):
+        overload("add", "out")
+    assert exported_target("torch.ops.aten.add.Tensor") is torch.ops.aten.add.Tensor
+    assert exported_target("_operator.mul")(3, 4) == 12
+    with pytest.raises(UnsupportedOperator):
+        exported_target("_operator.pow")
