@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ import click
 from initaudit import __version__
 from initaudit.errors import InitauditError, UsageError
 from initaudit.options import config_from, config_options, outputs
+from initaudit.terminal import complain, deliver, emit, terminal_style
 
 if TYPE_CHECKING:
     from initaudit.baseline import Baseline
     from initaudit.config import Config
+    from initaudit.progress import Progress
     from initaudit.report.report import Report
-    from initaudit.report.style import Style
 
 HELP = """\
 Usage: initaudit [OPTIONS] MODEL [MODEL ...]
@@ -38,7 +39,8 @@ Examples:
 Commands:
   rules        list the rules                     baseline    accept findings, fail on new ones
   explain      the page of a rule                 compare     what differs between two models
-  config       the configuration in force         completion  a shell's completion script
+  config       the configuration in force         fix         draw flagged weights again, elsewhere
+  completion   a shell's completion script
 
 Options used most (all of them: initaudit audit --help):
   --select CODES, --ignore CODES    rules by code or prefix: IA2, IA301
@@ -114,7 +116,7 @@ def audit(ctx: click.Context, /, models: tuple[str, ...], formats: tuple[str, ..
 
         report = read_baseline(Path(config.baseline)).without_accepted(report)
     shown = {name: flags[name] for name in ("quiet", "verbose", "show_healthy", "statistics")}
-    delivered = _deliver(report, targets, config, **shown)
+    delivered = deliver(report, targets, config, **shown)
     ctx.exit(exit_status(report, config, exit_zero=flags["exit_zero"]) if delivered else UNUSABLE)
 
 
@@ -128,11 +130,11 @@ def rules(form: str) -> None:
         from initaudit.report.as_json import dump
 
         fields = ("code", "name", "severity", "phase", "summary")
-        _print(dump([{name: getattr(rule, name) for name in fields} for rule in all_rules()], indent=2))
+        emit(dump([{name: getattr(rule, name) for name in fields} for rule in all_rules()], indent=2))
         return
     from initaudit.report.pages import rule_table
 
-    _print(rule_table(all_rules(), _style().width))
+    emit(rule_table(all_rules(), terminal_style().width))
 
 
 @cli.command()
@@ -144,9 +146,9 @@ def explain(code: str) -> None:
 
     family = [each for each in all_rules() if each.code.startswith(code.upper())]
     if len(family) > 1:
-        _print(rule_table(family, _style().width))
+        emit(rule_table(family, terminal_style().width))
     else:
-        _print(terminal_page(rule(code), _style()))
+        emit(terminal_page(rule(code), terminal_style()))
 
 
 @cli.command()
@@ -159,7 +161,7 @@ def config(ctx: click.Context, /, **_: Any) -> None:
 
     found = config_from(ctx)
     check_config(found)
-    _print(config_table(found))
+    emit(config_table(found))
 
 
 @cli.command()
@@ -181,9 +183,37 @@ def compare(ctx: click.Context, /, first: str, second: str, form: str, **_: Any)
     if any(model.error is not None for model in models):
         ctx.exit(UNUSABLE)
     result = compare_models(*models)
-    style = _style()
-    _print(dump(comparison_dict(result), indent=2) if form == "json" else style.finish(comparison_text(result, style)))
+    style = terminal_style()
+    emit(dump(comparison_dict(result), indent=2) if form == "json" else style.finish(comparison_text(result, style)))
     ctx.exit(FINDINGS if any(f.severity in found.failing for f in result.appeared) else 0)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--output", "-o", "out", type=click.Path(), required=True, metavar="FILE", help="The file to write.")
+@click.option("--force", is_flag=True, help="Replace FILE where there is one.")
+@click.option("--verbose", "-v", is_flag=True, help="Every tensor and every name.")
+@config_options
+@click.pass_context
+def fix(ctx: click.Context, /, model: str, out: str, force: bool, verbose: bool, **_: Any) -> None:
+    """Draw again what findings name, by the lines that they propose, and audit the result. MODEL stays as it is."""
+    import dataclasses
+
+    from initaudit.repair import repair
+    from initaudit.repair.text import repair_text
+    from initaudit.report.write import check_new
+    from initaudit.rules.selection import check_config
+    from initaudit.session import FINDINGS
+
+    config = config_from(ctx)
+    check_config(config)
+    source, its = config.for_model(model)
+    check_new(Path(out), source, force=force)
+    with _progress(verbose=verbose) as progress:
+        result = repair(source, Path(out), its, progress)
+    emit(repair_text(source, out, result, dataclasses.replace(terminal_style(), verbose=verbose)))
+    left = result.report.findings if result.report is not None else [finding for finding, _ in result.left]
+    ctx.exit(FINDINGS if any(finding.severity in its.failing for finding in left) else 0)
 
 
 @cli.group()
@@ -204,7 +234,7 @@ def baseline_write(ctx: click.Context, /, models: tuple[str, ...], reason: str, 
     updated = known.accept(report, reason)
     updated.write(file)
     new = len(set(updated.entries) - set(known.entries))
-    _print(f"{file}: {len(updated.entries)} accepted, {new} of them new")
+    emit(f"{file}: {len(updated.entries)} accepted, {new} of them new")
     ctx.exit(exit_status(report, found, exit_zero=True))
 
 
@@ -218,9 +248,9 @@ def baseline_check(ctx: click.Context, /, models: tuple[str, ...], **_: Any) -> 
 
     _file, known, report, found = _baseline_run(ctx, models)
     fresh = known.without_accepted(report)
-    _deliver(fresh, [("concise", None)], found)
+    deliver(fresh, [("concise", None)], found)
     for entry in known.vanished(report):
-        _print(f"gone: {entry.line}")
+        emit(f"gone: {entry.line}")
     ctx.exit(exit_status(fresh, found))
 
 
@@ -235,7 +265,7 @@ def baseline_prune(ctx: click.Context, /, models: tuple[str, ...], **_: Any) -> 
     file, known, report, found = _baseline_run(ctx, models)
     gone = known.vanished(report)
     known.without(gone).write(file)
-    _print(f"{file}: {len(known.entries) - len(gone)} accepted, {len(gone)} forgotten")
+    emit(f"{file}: {len(known.entries) - len(gone)} accepted, {len(gone)} forgotten")
     ctx.exit(exit_status(report, found, exit_zero=True))
 
 
@@ -261,85 +291,38 @@ def completion(shell: str) -> None:
 
     kind = get_completion_class(shell)
     assert kind is not None, "click completes bash, zsh and fish"
-    _print(kind(cli, {}, "initaudit", "_INITAUDIT_COMPLETE").source())
+    emit(kind(cli, {}, "initaudit", "_INITAUDIT_COMPLETE").source())
 
 
 def _audit(models: tuple[str, ...], config: Config, *, verbose: bool = False) -> Report:
     """The report, with progress on stderr and there one line for each model that could not be read."""
     import time
-    import warnings
     from dataclasses import replace
 
-    from initaudit.progress import Progress
     from initaudit.session import audit_all
 
     began = time.monotonic()
-    with Progress() as progress, warnings.catch_warnings():
-        if not verbose:
-            # What a library says to its own callers is no finding about the model.
-            warnings.simplefilter("ignore")
+    with _progress(verbose=verbose) as progress:
         report = audit_all(models, config, progress, tuple(cli.commands))
     for model in report.models:
         if model.error is not None:
             # Notes about a model that was not read are the trace of a fault of ours.
             click.echo("".join(model.notes), err=True, nl=False)
-            _complain(model.error)
+            complain(model.error)
     return replace(report, seconds=time.monotonic() - began)
 
 
-def _deliver(report: Report, targets: Sequence[tuple[str, Path | None]], config: Config, **flags: bool) -> bool:
-    """Writes every output; False where one could not be written. The others are written all the same."""
-    from dataclasses import replace
+@contextmanager
+def _progress(*, verbose: bool) -> Iterator[Progress]:
+    """Progress on stderr, and silence of libraries: what one says to its own callers is no finding about the model."""
+    import warnings
 
-    from initaudit.report import format_named
-    from initaudit.report.write import write_whole
+    from initaudit.progress import Progress
 
-    style = replace(_style(), failing=config.failing, **flags)
-    written = True
-    for name, file in targets:
-        if file is None:
-            _print(format_named(name).render(report, style), newline=False)
-            continue
-        try:
-            write_whole(file, format_named(name).render(report, replace(style, colour=False, unicode=True, width=100)))
-        except UsageError as error:
-            written = False
-            _complain(str(error))
-    return written
-
-
-def _style() -> Style:
-    """As wide as the terminal, 80 to 160 columns, and 100 where there is none; colours as NO_COLOR and FORCE_COLOR say."""
-    import shutil
-
-    from initaudit.report.style import Style
-
-    terminal = sys.stdout.isatty()
-    width = min(160, max(80, shutil.get_terminal_size().columns)) if terminal else 100
-    colour = terminal and os.environ.get("TERM") != "dumb"
-    if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
-        colour = True
-    if os.environ.get("NO_COLOR"):
-        colour = False
-    return Style(width=width, colour=colour, unicode="utf" in (sys.stdout.encoding or "").lower())
-
-
-def _print(text: str, *, newline: bool = True) -> None:
-    """Writes to stdout. Where its reader has gone away (`| head`), the rest goes nowhere and the exit status stays."""
-    try:
-        click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"), nl=newline, color=True)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python would fail again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UnicodeEncodeError:
-        sys.stdout.write(text.encode("ascii", "backslashreplace").decode("ascii") + ("\n" if newline else ""))
-
-
-def _complain(line: str) -> None:
-    from initaudit.report.style import escape
-
-    click.echo(f"initaudit: error: {escape(line)}", err=True)
+    with Progress() as progress, warnings.catch_warnings():
+        if not verbose:
+            warnings.simplefilter("ignore")
+        yield progress
 
 
 def _one_line(error: click.ClickException) -> str:
@@ -376,14 +359,14 @@ def run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except click.ClickException as error:
-        _complain(_one_line(error))
+        complain(_one_line(error))
         return 2
     except InitauditError as error:
-        _complain(str(error))
+        complain(str(error))
         return 2
     except Exception:  # noqa: BLE001 - a fault of ours must not end as status 1, which says "findings"
         import traceback
 
         traceback.print_exc()
-        _complain("an internal error, not a finding about the model; please report it with the lines above")
+        complain("an internal error, not a finding about the model; please report it with the lines above")
         return 2

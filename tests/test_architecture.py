@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "initaudit"
 ORDER = (
     *("errors", "suggest", "location", "randomness", "config", "roles", "load", "onnx_ops", "graph", "measure", "pair"),
-    *("expect", "probe", "rules", "report", "auditing", "baseline", "cache", "session", "progress", "options"),
-    *("testing", "integrations", "pytest_plugin", "cli", "__main__"),
+    *("expect", "probe", "rules", "report", "auditing", "repair", "baseline", "cache", "session", "progress", "options"),
+    *("testing", "integrations", "pytest_plugin", "terminal", "cli", "__main__"),
 )
 LIGHT = ("torch", "onnx", "numpy", "tabulate")
 

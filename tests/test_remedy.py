@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from initaudit.auditing.run import gather
 from initaudit.config import Config
 from initaudit.load import from_module
+from initaudit.repair.lines import NotALine, drawn_by, run_line
 from initaudit.rules import all_rules
 from initaudit.rules.remedy import attribute_path, each
 
@@ -80,6 +82,24 @@ def test_one_line_for_many():
         assert sorted(done(each(say, chosen, "list({})"), model)) == sorted(halves)
 
 
+def understood_like_python(line, model):
+    """Runs the line, after `initaudit fix` has run it on a copy: with one seed both draw the same numbers."""
+    if re.fullmatch(r"[\w.]+ = [\w.]+", line):  # a tie is no draw
+        with pytest.raises(NotALine):
+            drawn_by(line, {})
+        exec(line, {"model": model})
+        return
+    copy = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    by_expression = {attribute_path(name, model): name for name in copy}
+    drawn = drawn_by(line, {text: tuple(copy[name].shape) for text, name in by_expression.items()})
+    seed = torch.random.get_rng_state()
+    run_line(line, {text: copy[by_expression[text]] for text in drawn})
+    torch.random.set_rng_state(seed)
+    exec(line, {"model": model, "torch": torch})
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.nan_to_num(), copy[name].nan_to_num()), (line, name)
+
+
 @pytest.mark.parametrize(("rule", "example"), EXAMPLES, ids=[f"{r.code}-{e.name}" for r, e in EXAMPLES])
 def test_the_line_runs_and_the_finding_is_gone(rule, example):
     """One finding may name several weights, and each line serves those it names: applied until nothing is left."""
@@ -95,7 +115,7 @@ def test_the_line_runs_and_the_finding_is_gone(rule, example):
                 break
             for finding in found:
                 applied.append(finding.help)
-                exec(finding.help, {"model": model, "torch": torch})
+                understood_like_python(finding.help, model)
     assert applied
     assert not found, applied
     assert len(set(applied)) <= 2, applied

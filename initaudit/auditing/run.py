@@ -112,7 +112,7 @@ def run_one(source: str, config: Config, progress: Progress | None = None) -> Mo
     say = progress if progress is not None else _silent
     try:
         say(f"{source}: reading")
-        report = report_on(_opened(source, config), config, progress=lambda label: say(f"{source}: {label}"))
+        report = report_on(opened(source, config), config, progress=lambda label: say(f"{source}: {label}"))
         return dataclasses.replace(_in_force(report, config), source=source)
     except InitauditError as error:
         text = str(error)
@@ -120,7 +120,7 @@ def run_one(source: str, config: Config, progress: Progress | None = None) -> Mo
         return ModelReport(source, "unknown", error=line)
 
 
-def _opened(source: str, config: Config) -> Checkpoint:
+def opened(source: str, config: Config) -> Checkpoint:
     """The checkpoint; what the user's own code draws while it builds a module follows the seed, so that runs repeat."""
     if not is_module_spec(source):
         return load(source)
@@ -134,6 +134,13 @@ def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, pro
     """The report on a checkpoint that has been opened."""
     from initaudit.rules.roots import findings_of
 
+    evidence = evidence_on(checkpoint, config, inputs=inputs, progress=progress)
+    progress("judging")
+    return model_report(evidence, findings_of(evidence))
+
+
+def evidence_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = _silent) -> Evidence:
+    """Everything that the rules look at: in the architecture that is asked for, and against the base where one is given."""
     if config.arch is not None or "config" in checkpoint.metadata:
         from initaudit.auditing.architecture import in_architecture
 
@@ -151,8 +158,7 @@ def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, pro
         progress("comparing with the base")
         found = against(evidence.checkpoint.arrays, load(config.base).arrays, config.base)
         evidence = dataclasses.replace(evidence, base=found)
-    progress("judging")
-    return model_report(evidence, findings_of(evidence))
+    return evidence
 
 
 def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = _silent) -> Evidence:

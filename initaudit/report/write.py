@@ -34,6 +34,21 @@ def check_target(target: Path, read: Iterable[str] = ()) -> None:
         raise UsageError(where, f"an existing {target.suffix} file", "a file for a report", "delete it first if it may go")
 
 
+def check_new(target: Path, source: str, *, force: bool) -> None:
+    """Raises `UsageError` where a model cannot be written to `target`: it exists (unless `force`), or is the source itself."""
+    where = f"output {target}"
+    if target.is_dir():
+        raise UsageError(where, "a folder", "a file")
+    if not target.parent.is_dir():
+        raise UsageError(where, f"no folder {target.parent}", advice="make it first")
+    if target.exists() and os.path.exists(source) and os.path.samefile(source, target):
+        raise UsageError(where, "is the model itself", "another file")
+    if os.path.lexists(target) and not force:
+        raise UsageError(where, "exists already", "a new file", "or --force")
+    if not os.access(target.parent, os.W_OK):
+        raise UsageError(where, "may not be written", advice="choose a place of your own")
+
+
 def write_whole(target: Path, text: str) -> None:
     """Writes UTF-8 text into a temporary file beside `target` and renames it, so that a reader sees the old or the new one.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp
-from initaudit.rules.remedy import init_line
+from initaudit.rules.remedy import with_bias
 from initaudit.rules.rule import Example, Finding, Rule, Severity
 from initaudit.rules.support import SIGMAS, fields
 
@@ -67,7 +67,7 @@ class DeadActivations(Rule):
             "of the probe "
             f"(up to 50 % where all inputs are alike): they pass no gradient and cannot come back"
             + (f"; {len(found)} layers are affected" if len(found) > 1 else ""),
-            init_line(layer) + "; and zero its bias",
+            with_bias(evidence, layer),
             severity=level,
             measured=dead,
             expected=0.0,

@@ -150,6 +150,13 @@ def init_line(layer: LayerEvidence, *others: LayerEvidence) -> str:
     return line + (f"  # {'; '.join(notes)}" if notes else "")
 
 
+def with_bias(evidence: Evidence, layer: LayerEvidence) -> str:
+    """The line that draws this weight, and zeroes its bias where it has one."""
+    line, mark, comment = init_line(layer).partition("  # ")
+    bias = layer.pair.bias
+    return line + (f"; torch.nn.init.zeros_({parameter(evidence, bias)})" if bias else "") + mark + comment
+
+
 def normal_line(drawn: Sequence[tuple[LayerEvidence, float]]) -> str:
     """The line that draws each weight from N(0, std^2) with its own standard deviation."""
     by_std: dict[str, list[str]] = {}
