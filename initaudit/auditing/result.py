@@ -165,7 +165,7 @@ def _probe(evidence: Evidence, layer: LayerEvidence) -> dict[str, Any]:
     if not layer.records or evidence.trace is None:
         return {}
     record = layer.records[0]
-    output = evidence.trace.signals.get(record.node)
+    output = evidence.trace.signals.get(record.output)
     signals = [evidence.trace.signals[f.node] for f in layer.feeds if f.node in evidence.trace.signals]
     dead = [s.dead for s in signals if s.dead is not None]
     saturated = [s.saturated for s in signals if s.saturated is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from torch import fx
 
@@ -66,6 +68,20 @@ def _biased(node: fx.Node, constant: set[fx.Node]) -> bool:
         return False
     products = [a for a in inputs if a.op == "call_function" and role_of(a).kind == "contraction"]
     return bool(products) and any(_is_vector(a) for a in inputs)
+
+
+def completed(node: fx.Node, constant: Set[fx.Node]) -> fx.Node:
+    """The call with which a layer is complete: the sum behind a product that alone reads it and adds a vector, else the node.
+
+    Exporters write a linear layer as one operator or as two.
+    """
+    if node.op != "call_function" or role_of(node).kind != "contraction" or len(node.users) != 1:
+        return node
+    user = next(iter(node.users))
+    if user.op != "call_function" or str(getattr(user.target, "__name__", "")).lower().partition(".")[0] != "add":
+        return node
+    others = [a for a in user.all_input_nodes if a is not node]
+    return user if len(others) == 1 and others[0] in constant and _is_vector(others[0]) else node
 
 
 def _bias_follows(node: fx.Node, constant: set[fx.Node]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import fx
 
 from initaudit.graph.graph import Graph, Input
 from initaudit.graph.onnx_build import Builder, Names, identifier
+from initaudit.graph.onnx_constants import settle
 from initaudit.graph.onnx_folded import folded_norms
 from initaudit.graph.unknown import Unknown
 from initaudit.load.checkpoint import Array
@@ -40,7 +40,7 @@ def from_onnx(model: onnx.ModelProto, arrays: Mapping[str, Array]) -> Graph:
     results = [builder.read(o.name, names, f"output {o.name}") for o in graph.output]
     builder.out.output(_outputs(builder.out, results))
     _drop_unused(builder.out)
-    _mark_statistics(builder)
+    settle(builder)
     read = {str(n.target) for n in builder.out.nodes if n.op == "get_attr"}
     constants = {k: c for k, c in builder.constants.items() if k in read}
     unread = {str(n.target) for n in builder.hoisted if n.op == "get_attr"} - read
@@ -84,19 +84,3 @@ def _drop_unused(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op not in ("output", "placeholder") and not node.meta.get("tainted"):
             graph.erase_node(node)
-
-
-def _mark_statistics(builder: Builder) -> None:
-    """Makes buffers of what serves as running mean or variance and nothing else.
-
-    Exporters merge equal tensors: fresh statistics are often the very tensors that serve as weights and biases.
-    """
-    only: set[fx.Node] = set()
-    for node in reversed(list(builder.out.nodes)):
-        norms = [u.meta.get("onnx") == "BatchNormalization" and node not in u.args[:3] for u in node.users]
-        if norms and all(norm or user in only for norm, user in zip(norms, node.users, strict=True)):
-            only.add(node)
-    keys = {str(n.target) for n in only if n.op == "get_attr"}
-    others = {str(n.target) for n in builder.out.nodes if n.op == "get_attr" and n not in only}
-    for key in keys - others:
-        builder.constants[key] = dataclasses.replace(builder.constants[key], kind="buffer", trainable=False)

@@ -62,6 +62,7 @@ class Builder:
         self.count = 0
         self.fixed: dict[fx.Node, bool] = {}
         self.hoisted: list[fx.Node] = []
+        self.written: set[str] = set()  # constants that a Constant node holds
 
     # ------------------------------------------------------------------ constants
 
@@ -83,6 +84,8 @@ class Builder:
         kind: Any = "parameter" if floating and not single else "literal"
         if kind == "literal" and floating and not written and not bool(literal(array).any()):
             kind = "parameter"  # a factor of zero that nobody folded away is a gate that training opens
+        if written:
+            self.written.add(array.name)
         if array.name not in self.constants:
             self.constants[array.name] = Constant(
                 array.name, kind, array.shape, dtype, lambda: literal(array), trainable=kind == "parameter"

@@ -36,6 +36,19 @@ def first_tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
+def read_index(node: fx.Node) -> int:
+    """Of a call with several results, the first that the graph reads: a recurrence may be read at its last state alone."""
+    places = [u.args[1] for u in node.users if role_of(u).name == "getitem" and len(u.args) > 1 and isinstance(u.args[1], int)]
+    return min((i for i in places if i >= 0), default=0) if len(places) == len(node.users) else 0
+
+
+def main_of(node: fx.Node, value: Any) -> Any:
+    """The value of a call, or of several the one that the graph reads first."""
+    if not isinstance(value, (tuple, list)) or not value:
+        return value
+    return value[min(read_index(node), len(value) - 1)]
+
+
 def axes_of(
     node: fx.Node,
     value: Any,
@@ -50,7 +63,7 @@ def axes_of(
     `again(source, stand_in)` runs the node once more with the stand-in for the signal `source`; only nodes that move elements
     without arithmetic are run so. `seen` remembers what such calls did, for a network repeats its layers.
     """
-    head = value[0] if isinstance(value, (tuple, list)) and value else value
+    head = main_of(node, value)
     if not isinstance(head, Tensor) or head.dim() == 0:
         return UNKNOWN
     if node.op == "placeholder":
@@ -60,8 +73,13 @@ def axes_of(
         return UNKNOWN
     kind = role_of(node).kind
     shape = tuple(head.shape)
+    if kind == "embedding" and not uses:
+        kind = "passthrough"  # a place picked out of a signal
     if kind == "passthrough":
         source = sources[0]
+        if role_of(source).kind == "recurrent" and shapes[source] != shape:
+            # Another result than the one that was followed: a state beside the sequence.
+            return _state(source, known[source], shape)
         key = _signature(node, source, known[source], shapes[source], shape)
         if key is None or key not in seen:
             moved = _moved(node, source, known[source], shapes[source], shape, again)
@@ -73,6 +91,10 @@ def axes_of(
     for source in sources:
         found, from_shape = known[source], shapes[source]
         offset = len(shape) - len(from_shape) if kind in ("pointwise", "merge") else 0
+        if kind == "recurrent" and read_index(node) > 0:
+            return _state(node, found, shape)
+        if kind == "recurrent" and found.batch == 1:
+            offset = len(shape) - len(from_shape)  # ONNX puts an axis of directions between time and examples
         if batch is None and found.batch is not None:
             batch, origin = _same(found.batch + offset, found.batch, shape, from_shape), found
         if unit is None and found.unit is not None:
@@ -82,6 +104,14 @@ def axes_of(
     if kind in ("recurrent", "embedding"):
         unit = len(shape) - 1
     return Axes(batch, origin.examples, origin.inner, unit if unit != batch else None)
+
+
+def _state(node: fx.Node, axes: Axes, shape: tuple[int, ...]) -> Axes:
+    """A last state of a recurrent layer, `l n h`; with ONNX's layout 1 `n l h`."""
+    batch = 0 if node.kwargs.get("layout") else 1
+    if axes.batch is None or len(shape) != 3 or axes.inner != 1 or shape[batch] != axes.examples:
+        return UNKNOWN
+    return Axes(batch, axes.examples, 1, 2)
 
 
 def _signature(node: fx.Node, source: fx.Node, axes: Axes, before: tuple[int, ...], after: tuple[int, ...]) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from initaudit.graph.calls import arguments, role_of
-from initaudit.probe.axes import Axes, first_tensor
+from initaudit.probe.axes import Axes, first_tensor, main_of
 from initaudit.probe.passes import Observer, Pass, cotangents, through_signals
 from initaudit.probe.statistics import by_example
 from initaudit.probe.trace import GramRecord, Kernel
@@ -116,7 +116,7 @@ class GradientSketch(Observer):
                 return None
             values[bias] = self._draw(torch.Size([_UNITS]), value.device) if trained else value.new_zeros(_UNITS)
         values |= {a: run.weights[a] for a in node.all_input_nodes if a in run.constant and a not in values}
-        result = first_tensor(_call(node, values))
+        result = first_tensor(main_of(node, _call(node, values)))
         expected = list(run.shapes[node])
         expected[axes.unit or 0] = _UNITS
         if result is None or list(result.shape) != expected:
@@ -130,7 +130,7 @@ class GradientSketch(Observer):
         others = {a: run.weights[a] for a in node.all_input_nodes if a in run.constant and a not in leaves}
 
         def call(values: Mapping[fx.Node, Any]) -> Tensor | None:
-            return first_tensor(_call(node, values))
+            return first_tensor(main_of(node, _call(node, values)))
 
         drawn = {a: self._draw(run.leaves[node, a].shape, run.leaves[node, a].device) for a in leaves}
         if kind == "recurrent":

@@ -102,7 +102,7 @@ def measures(
 
 
 def _contractions(signals: dict[str, Signal], weights: Sequence[WeightRecord]) -> list[WeightRecord]:
-    return [w for w in weights if w.node in signals and signals[w.node].kind == "contraction"]
+    return [w for w in weights if w.output in signals and w.node in signals and signals[w.node].kind == "contraction"]
 
 
 def block_gains(graph: Graph, signals: dict[str, Signal]) -> tuple[BlockGain, ...]:
@@ -141,7 +141,7 @@ def _norm2(signal: Signal) -> float:
 
 def depth_scale(signals: dict[str, Signal], weights: Sequence[WeightRecord]) -> float | None:
     """-1 / slope of ln(1 - cosine) over the layers; None where inputs do not grow alike, or too few layers tell."""
-    cosines = [signals[w.node].cosine for w in _contractions(signals, weights)]
+    cosines = [signals[w.output].cosine for w in _contractions(signals, weights)]
     logs = [(i, math.log(1 - c)) for i, c in enumerate(cosines) if c is not None and 1 - c > _ROUNDING]
     # Far from the fixed point the fall is no exponential: only the second half, nearer to it, is looked at.
     logs = logs[len(logs) // 2 :] if len(logs) >= 2 * _LEAST else logs
@@ -168,7 +168,7 @@ def head(node: str, value: Tensor) -> Head | None:
 
 def headroom(signals: dict[str, Signal], weights: Sequence[WeightRecord], most: float, least: float) -> Headroom:
     """The room of a dtype whose numbers lie between `least` and `most`; masks are no signals."""
-    peaks = [p for w in _contractions(signals, weights) if (p := signals[w.node].peak)]
+    peaks = [p for w in _contractions(signals, weights) if (p := signals[w.output].peak)]
     steps = [w.gradient_norm / math.sqrt(w.elements) for w in weights if w.gradient_norm]
     held = [w.weight_peak for w in weights if w.weight_peak]
 

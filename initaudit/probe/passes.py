@@ -13,7 +13,7 @@ from initaudit.errors import InitauditError
 from initaudit.graph.calls import Use, role_of, weight_uses
 from initaudit.graph.execute import Executor
 from initaudit.graph.graph import Graph
-from initaudit.probe.axes import UNKNOWN, Axes, axes_of, first_tensor
+from initaudit.probe.axes import UNKNOWN, Axes, axes_of, first_tensor, main_of
 
 
 class Missing:
@@ -158,7 +158,7 @@ class Pass(Executor):
         return (stand_in,) * len(value) if isinstance(value, (tuple, list)) else stand_in
 
     def _look(self, n: fx.Node, value: Any) -> None:
-        head = value[0] if isinstance(value, (tuple, list)) and value else value
+        head = main_of(n, value)
         if not isinstance(head, Tensor):
             return
         if not self.observers:
@@ -176,7 +176,7 @@ class Pass(Executor):
             )
         self.shapes[n] = tuple(head.shape)
         self.order[n] = len(self.order)
-        signal = first_tensor(value)
+        signal = first_tensor(head)
         if signal is None or signal.numel() == 0:
             return
         for observer in self.observers:

@@ -28,7 +28,7 @@ class TimeObserver(Observer):
 
     def signal(self, run: Pass, node: fx.Node, value: Tensor) -> None:
         """Measures a recurrent layer."""
-        if role_of(node).kind != "recurrent" or value.dim() < 3:
+        if role_of(node).kind != "recurrent":
             return
         source = next((n for n in signal_inputs(node) if n not in run.constant), None)
         given = run.env.get(source) if source is not None else None
@@ -37,20 +37,19 @@ class TimeObserver(Observer):
         # aten says `batch_first`, ONNX `layout`; both begin with the sequence where they do not say so.
         bound = arguments(node)
         along = 1 if bound.get("batch_first") or bound.get("layout") else 0
-        if value.shape[along] != given.shape[along] or value.shape[along] < 2:
+        measured = self._gradient(run, node, source, given, along) if given.shape[along] > 1 else None
+        if measured is None:
             return
-        gradient = self._gradient(run, node, source, given, along)
-        if gradient is None:
-            return
-        others = [i for i in range(value.dim()) if i != along]
-        signal = value.detach().double().square().mean(others)
+        states, gradient = measured
+        others = [i for i in range(states.dim()) if i != along]
+        signal = states.double().square().mean(others)
         steep = gradient.double().square().sum([i for i in range(3) if i != along])
         keep = torch.linspace(0, len(signal) - 1, min(_STEPS, len(signal))).round().long()
         self.records.append(
             TimeRecord(node.name, len(signal), tuple(signal.cpu()[keep].tolist()), tuple(steep.cpu()[keep].tolist()))
         )
 
-    def _gradient(self, run: Pass, node: fx.Node, source: fx.Node, given: Tensor, along: int) -> Tensor | None:
+    def _gradient(self, run: Pass, node: fx.Node, source: fx.Node, given: Tensor, along: int) -> tuple[Tensor, Tensor] | None:
         leaf = given.detach().clone().requires_grad_(True)
 
         def load(a: fx.Node) -> Any:
@@ -60,9 +59,9 @@ class TimeObserver(Observer):
         with torch.enable_grad():
             args, kwargs = fx.node.map_arg(node.args, load), fx.node.map_arg(node.kwargs, load)
             result = first_tensor(node.target(*args, **kwargs))  # type: ignore[operator]
-            if result is None or not result.requires_grad:
+            if result is None or not result.requires_grad or result.dim() < 3 or result.shape[along] != given.shape[along]:
                 return None
             last = result.select(along, result.shape[along] - 1)
             drawn = torch.randn(last.shape, generator=self.generator).to(last.device)
             (gradient,) = torch.autograd.grad(last, leaf, drawn)
-        return gradient
+        return result.detach(), gradient

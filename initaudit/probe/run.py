@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
 from initaudit.graph.calls import Use, arguments
-from initaudit.graph.constness import constant_nodes
+from initaudit.graph.constness import completed, constant_nodes
 from initaudit.graph.graph import Graph
 from initaudit.probe.gradients import GradientSketch
 from initaudit.probe.measures import measures
@@ -55,7 +56,7 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
         if silent and finite:
             steps = 2
             after = revived(graph, constant, given, gradients, silent, seed, place)
-            parameters = {n: _with_revival(p, after) for n, p in parameters.items()}
+            parameters = {n: _with_revival(p, n, after) for n, p in parameters.items()}
         weights = tuple(_weight_records(run, sites, observer, norm_of))
         response = respond(graph, constant, given, run, seed, place) if finite else ()
         return Trace(
@@ -132,12 +133,10 @@ def _hidden(run: Pass) -> frozenset[str]:
     return frozenset(str(n.target) for n in seen if n.op == "get_attr")
 
 
-def _with_revival(record: ParameterRecord, after: Mapping[str, int | None]) -> ParameterRecord:
-    if record.name not in after:
+def _with_revival(record: ParameterRecord, key: str, after: Mapping[str, int | None]) -> ParameterRecord:
+    if key not in after:
         return record
-    return ParameterRecord(
-        record.name, record.shape, record.norm, record.gradient_norm, True, after[record.name], record.reached
-    )
+    return replace(record, gradient_zero=True, revived=after[key])
 
 
 def _weight_records(run: Pass, sites: Sites, observer: SignalObserver, norm_of: _Norms) -> Iterator[WeightRecord]:
@@ -150,7 +149,9 @@ def _weight_records(run: Pass, sites: Sites, observer: SignalObserver, norm_of: 
             norm = norm_of(value)
             steep = None if gradient is None else norm_of(gradient)
             source = next((a for a in node.all_input_nodes if a.name in observer.signals), None)
-            seen, into = observer.signals.get(node.name), observer.signals.get(source.name) if source is not None else None
+            whole = completed(node, run.constant)
+            whole = whole if whole.name in observer.signals else node
+            seen, into = observer.signals.get(whole.name), observer.signals.get(source.name) if source is not None else None
             yield WeightRecord(
                 node=node.name,
                 weight=use.weight.name,
@@ -166,6 +167,7 @@ def _weight_records(run: Pass, sites: Sites, observer: SignalObserver, norm_of: 
                 output_gradient_moment2=None if seen is None else seen.gradient_moment2,
                 units=_units(run, use, value, gradient),
                 weight_peak=peak(value),
+                output=whole.name,
                 fan_in=use.use.fans(tuple(value.shape))[0] if len(use.use.axes) == value.dim() else None,
             )
 

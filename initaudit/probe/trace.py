@@ -73,7 +73,8 @@ class WeightRecord:
 
     `constants` names the parameters that the weight is made of. Norms are Frobenius norms; `trust_ratio` is
     norm(w) / norm(gradient) (You et al. 2017, eq. 6, without its coefficient), None where the gradient is zero. `weight_peak`
-    is the largest absolute value, `fan_in` the number of products that meet in a unit.
+    is the largest absolute value, `fan_in` the number of products that meet in a unit. `output` is the node whose value is the
+    layer's output: `node`, or the sum with its bias behind it, and `output_moment2` is that node's.
     """
 
     node: str
@@ -91,6 +92,7 @@ class WeightRecord:
     units: Units | None = None
     weight_peak: float | None = None
     fan_in: int | None = None
+    output: str = ""
 
     @property
     def sgd_update(self) -> float | None:

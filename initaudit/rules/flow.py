@@ -50,6 +50,9 @@ def flow_of(graph: Graph, trace: Trace) -> Flow:
 class _Follow:
     def __init__(self, graph: Graph, trace: Trace) -> None:
         self.graph, self.trace, self.signals = graph, trace, trace.signals
+        from initaudit.graph.constness import constant_nodes
+
+        self.constant = constant_nodes(graph.fx)
         self.written: dict[fx.Node, fx.Node] = {}
         self.inside: set[fx.Node] = set()
         self._written_norms()
@@ -69,17 +72,16 @@ class _Follow:
     def _written_norms(self) -> None:
         """Normalizations that are spelled out in primitive operators count as one node, their last."""
         from initaudit.graph.calls import role_of
-        from initaudit.graph.constness import constant_nodes
         from initaudit.pair.cluster import written_normalization
         from initaudit.pair.evaluate import ConstantReader
 
         reductions = any(role_of(n).kind == "reduction" for n in self.graph.fx.nodes if n.op == "call_function")
         if not reductions:
             return
-        constant, reader = constant_nodes(self.graph.fx), ConstantReader(self.graph)
+        reader = ConstantReader(self.graph)
         for node in self.graph.fx.nodes:
             if node.name in self.signals and node not in self.inside and len(node.users) > 1:
-                norm = written_normalization(node, constant, reader)
+                norm = written_normalization(node, self.constant, reader)
                 if norm is not None:
                     self.written[norm.node] = node
                     self.inside |= norm.inside - {norm.node, node}
@@ -97,6 +99,7 @@ class _Follow:
     def _step(self, node: fx.Node) -> str:
         """ "computes" where weights or an activation decide what becomes of the signal, "normalizes", or "passes"."""
         from initaudit.graph.calls import role_of
+        from initaudit.graph.constness import completed
 
         kind = role_of(node).kind
         sources = self.sources[node]
@@ -106,6 +109,8 @@ class _Follow:
             return "passes"  # sums keep what any part has, products are gates, attention averages
         if kind in ("contraction", "recurrent"):
             return "computes"
+        if kind == "pointwise" and completed(sources[0], self.constant) is node:
+            return "computes"  # the bias of the layer before it
         # A pointwise operator with a parameter is a gate, a LayerScale or a position table; a number written into the graph is
         # part of the activation.
         others = [a for a in node.all_input_nodes if a is not sources[0]]
@@ -120,8 +125,10 @@ class _Follow:
         contrast: dict[str, float] = {}
         growth: dict[str, float] = {}
         base: dict[str, float | None] = {}
+        spread: dict[str, float | None] = {}
         for node in self.nodes:
             sources, here = self.sources[node], self.signals[node.name]
+            spread[node.name] = here.spread
             if not sources:
                 size[node.name] = contrast[node.name] = growth[node.name] = 1.0
                 base[node.name] = here.moment2
@@ -131,8 +138,10 @@ class _Follow:
             size[node.name], contrast[node.name] = max(size[s.name] for s in sources), max(contrast[s.name] for s in sources)
             base[node.name] = base[source.name]
             before = self.signals[source.name]
+            if here.spread is None:
+                spread[node.name] = spread[source.name]  # what moves elements is not measured, and changes nothing
             if step != "passes":
-                contrast[node.name] = contrast[source.name] * min(1.0, _ratio(here.spread, before.spread))
+                contrast[node.name] = contrast[source.name] * min(1.0, _ratio(here.spread, spread[source.name]))
             # What is seen to differ here was not lost on the way: a norm over the batch takes what examples share away again.
             contrast[node.name] = max(contrast[node.name], here.spread or 0.0)
             if step == "normalizes":

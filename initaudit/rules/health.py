@@ -109,7 +109,8 @@ def health(evidence: Evidence) -> Health:
     gradients = [(min(found), x) for x in layers if (found := at(x, flow.gradient))]
     grown = [(max(found), x) for x in layers if (found := at(x, flow.gradient_growth))]
     # A norm right behind a layer undoes its growth, as a sine does; one that comes later leaves the layers between to suffer.
-    sizes = [(flow.growth[x.pair.node], x) for x in layers if x.pair.node in flow.growth and not _ended(x)]
+    whole = {x.pair.node: r.output for x in layers for r in x.records if r.node == x.pair.node}
+    sizes = [(flow.growth[whole[x.pair.node]], x) for x in layers if whole.get(x.pair.node) in flow.growth and not _ended(x)]
     low = min((g for g in gradients if g[0] > 0), key=lambda g: g[0], default=(1.0, None))
     high = max(grown, key=lambda g: g[0], default=(1.0, None))
     size = max(sizes, key=lambda g: g[0], default=(1.0, None))

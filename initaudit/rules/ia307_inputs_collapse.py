@@ -40,8 +40,9 @@ class InputsCollapse(Rule):
         if flow is None or evidence.trace is None or not initial(evidence) or not state.layers:
             return
         level = below(state.contrast, CONTRAST)
-        last = [evidence.trace.signals[n] for n in flow.last if n in evidence.trace.signals]
-        constant = bool(last) and all(s.moment2 == 0 or s.spread == 0 for s in last)
+        signals = evidence.trace.signals
+        last = [n for n in flow.last if n in signals]
+        constant = bool(last) and all(signals[n].moment2 == 0 or flow.contrast.get(n) == 0 for n in last)
         if not level and not constant:
             return
         small = [x for x in state.layers if (ratio_of(x) or 1) < 1] or list(state.layers)
