@@ -17,7 +17,9 @@ from initaudit import audit
 from initaudit.errors import UnsupportedOperator
 from initaudit.graph.allowed import exported_target, overload, packet
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
+)
 
 
 class Block(nn.Module):
@@ -196,3 +198,86 @@ def test_operators_that_write_to_what_they_are_given_as_output() -> None:
     assert exported_target("_operator.mul")(3, 4) == 12
     with pytest.raises(UnsupportedOperator):
         exported_target("_operator.pow")
+
+
+@pytest.mark.parametrize("way", ["traced", "scripted"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torchscript_is_paired_as_its_module(name: str, way: str, tmp_path: Path) -> None:
+    make, example = NETWORKS[name]
+    module = seeded(make)
+    made = torch.jit.trace(module, example, check_trace=False) if way == "traced" else torch.jit.script(module)
+    torch.jit.save(made, tmp_path / "x.pt")
+    found = audit(tmp_path / "x.pt")
+    assert found.report.probe["batch"] == (2 if way == "traced" else 8), "a traced module has the inputs it was traced with"
+    assert told(tmp_path / "x.pt") == told(module)
+    assert [f.code for f in found.findings if f.code in ("IA001", "IA003", "IA004", "IA505")] == []
+
+
+def scripted(code: str, target: Path) -> Path:
+    """A TorchScript archive whose forward has the body `code`."""
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.mm(x, self.weight)
+
+    torch.jit.save(torch.jit.script(seeded(Plain)), target.with_suffix(".old"))
+    with zipfile.ZipFile(target.with_suffix(".old")) as old, zipfile.ZipFile(target, "w") as new:
+        for info in old.infolist():
+            data = old.read(info)
+            if info.filename.endswith(".py"):
+                head, _, _ = data.decode().partition(") -> Tensor:\n")
+                data = (head + ") -> Tensor:\n" + "".join(f"    {line}\n" for line in code.splitlines())).encode()
+            new.writestr(info.filename, data)
+    return target
+
+
+HOSTILE_CODE = {
+    "an import": "import os\nreturn x",
+    "a builtin": "__import__('os').system('touch MARK')\nreturn x",
+    "an eval": "eval(\"open('MARK', 'w')\")\nreturn x",
+    "an open": "open('MARK', 'w')\nreturn x",
+    "an attribute of a module": "torch.os.system('touch MARK')\nreturn x",
+    "a class behind a number": "y = (1).__class__.__base__.__subclasses__()\nreturn x",
+    "a class behind a function": "y = x.add.__globals__\nreturn x",
+    "a class behind the object": "y = self.__class__.__init__.__globals__\nreturn x",
+    "a class behind a word": "y = int.__subclasses__()\nreturn x",
+    "attributes of a format": "y = torch.format('{0.__class__}', x)\nreturn torch.load('MARK')",
+    "a file read": "return torch.from_file('MARK', True, 16)",
+    "a file written": "torch.save(x, 'MARK')\nreturn x",
+    "another library": "return ops.quantized.linear(x, x, 1.0, 0)",
+    "a lambda": "return (lambda y: y)(x)",
+    "a comprehension": "return [y for y in x][0]",
+    "an endless loop": "while True:\n  y = 1\nreturn x",
+    "an endless recursion": "return (self).forward(x, )",
+    "a tensor that is too large": "return torch.mm(x, torch.ones([4, 10000000000]))",
+    "a list that is too long": "y = torch.mul([1], 10000000000)\nreturn x",
+    "a power that is too large": "y = torch.pow(9, torch.pow(9, 9))\nreturn x",
+    "numbers that double": "y = 3\nfor i in range(100000000):\n  y = torch.mul(y, y)\nreturn x",
+    "brackets": "return " + "(" * 5000 + "x" + ")" * 5000,
+    "no code": "return return",
+    "signs": "return " + "-" * 200_000 + "1",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_CODE)
+def test_nothing_of_torchscript_is_run(kind: str, tmp_path: Path) -> None:
+    mark = tmp_path / "run"
+    path = scripted(HOSTILE_CODE[kind].replace("MARK", str(mark)), tmp_path / "x.pt")
+    found = audit(path)
+    assert not mark.exists()
+    assert [layer.tensor for layer in found.layers] == ["weight"]
+    assert any(note.startswith("the file's graph gives no program: ") for note in found.report.notes), found.report.notes
+    assert {f.code for f in found.findings} >= {"IA003", "IA004"}
+
+
+def test_trust_lets_pytorch_run_torchscript(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    module = seeded(Net)
+    torch.jit.save(torch.jit.script(module), path)
+    found = audit(path, config={"trust": True})
+    assert any("torch.jit.load (--trust)" in note for note in found.report.notes)
+    assert told(path, trust=True) == told(module)

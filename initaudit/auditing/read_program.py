@@ -14,8 +14,10 @@ from initaudit.auditing.program import BATCH, Program, open_program
 from initaudit.config import Config
 from initaudit.errors import InitauditError, UsageError
 from initaudit.graph.from_exported import declared, exported_module
+from initaudit.graph.from_script import ScriptModule, script_inputs
 from initaudit.load.checkpoint import Checkpoint
 from initaudit.load.exported_graph import ExportedGraph
+from initaudit.load.script_code import ScriptProgram
 from initaudit.load.spans import reason, show
 
 _HINT = "; --trust lets PyTorch load and run it"
@@ -29,6 +31,9 @@ def with_program(checkpoint: Checkpoint, config: Config) -> Checkpoint:
     graph = checkpoint.metadata.get("graph")
     if isinstance(graph, ExportedGraph):
         inputs = declared(graph, config.probe_batch or BATCH)
+        checkpoint = dataclasses.replace(checkpoint, metadata={**checkpoint.metadata, "inputs": inputs})
+    elif isinstance(graph, ScriptProgram) and graph.examples:
+        inputs = script_inputs(graph)
         checkpoint = dataclasses.replace(checkpoint, metadata={**checkpoint.metadata, "inputs": inputs})
     if config.trust:
         return _trusted(checkpoint)
@@ -47,6 +52,8 @@ def with_program(checkpoint: Checkpoint, config: Config) -> Checkpoint:
 def _built(graph: Any, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     if isinstance(graph, ExportedGraph):
         return exported_module(graph, tensors)
+    if isinstance(graph, ScriptProgram):
+        return ScriptModule(graph, tensors)
     raise InitauditError("graph", "a description of an unknown kind")
 
 

@@ -132,7 +132,7 @@ def _layer(evidence: Evidence, layer: LayerEvidence) -> Layer:
         fan_out=pair.fan_out,
         groups=pair.groups,
         activations=tuple(_activations(layer)),
-        observed=observed(layer.moments),
+        observed={**observed(layer.moments), **_history(evidence, pair.tensor)},
         expected={**laws, "standard_error": law.standard_error},
         ratio={name: variance / value if known and value else None for name, value in laws.items()},
         schemes=tuple({"name": fit.name, "p_value": fit.p_value} for fit in layer.recognition.schemes)
@@ -143,6 +143,12 @@ def _layer(evidence: Evidence, layer: LayerEvidence) -> Layer:
         provenance=(*_packing(evidence, layer), *pair.provenance),
         location={"file": pair.location.file, "line": pair.location.line},
     )
+
+
+def _history(evidence: Evidence, tensor: str) -> dict[str, float | None]:
+    """The root mean square of the gradient that the checkpoint's optimizer remembers; nothing where it has no state."""
+    values = [h.rms for h in evidence.histories if h.tensor == tensor]
+    return {"gradient_rms": values[0] if math.isfinite(values[0]) else None} if values else {}
 
 
 def _packing(evidence: Evidence, layer: LayerEvidence) -> tuple[str, ...]:

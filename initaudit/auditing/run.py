@@ -152,6 +152,10 @@ def evidence_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, p
         progress("reading the file's graph")
         checkpoint = with_program(checkpoint, config)
     evidence = gather(checkpoint, config, inputs=inputs, progress=progress)
+    if checkpoint.optimizer:
+        from initaudit.measure.gradient_history import histories
+
+        evidence = dataclasses.replace(evidence, histories=histories(evidence.checkpoint))
     if config.base is not None:
         from initaudit.measure.against import against
 

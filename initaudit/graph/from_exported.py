@@ -30,7 +30,8 @@ class ReadProgram(nn.Module):
 
     def __init__(self, signature: inspect.Signature) -> None:
         super().__init__()
-        self.forward = _signed(self.run, signature)
+        # A class of its own for each program: a copy of the module must call itself, not the original
+        self.__class__ = type(type(self).__name__, (type(self),), {"forward": _signed(signature)})
 
     def run(self, *inputs: Any) -> Any:
         """What the program computes of its inputs, given by position."""
@@ -75,15 +76,16 @@ class ExportedModule(ReadProgram):
             return fx.Interpreter(nn.Module(), graph=self.made).run(*map(self.held, self.names), *inputs)
 
 
-def _signed(function: Any, signature: inspect.Signature) -> Any:
-    """`function` with the parameters that the file names, so that inputs can be given by name."""
+def _signed(signature: inspect.Signature) -> Any:
+    """A forward with the parameters that the file names, so that inputs can be given by name."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(self: ReadProgram, *args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return function(*bound.args)
+        return self.run(*bound.args)
 
-    forward.__signature__ = signature  # type: ignore[attr-defined]
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
     return forward
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, numpy_dtype
 from initaudit.load.spans import PACKED_BITS, Span, byte_count, check_bytes, reason, show
+from initaudit.load.sparse import MAX_DENSE_BYTES
 
 if TYPE_CHECKING:
     import onnx
@@ -35,7 +36,6 @@ TYPED_FIELD = {
     "float32": "float_data", "complex64": "float_data", "int64": "int64_data", "float64": "double_data",
     "complex128": "double_data", "uint32": "uint64_data", "uint64": "uint64_data",
 }  # fmt: skip
-MAX_DENSE_BYTES = 1 << 30  # what a sparse tensor may take when it is written out
 
 
 def tensor_array(tensor: onnx.TensorProto, name: str, where: str, folder: Path | None, span: Span | None = None) -> Array:

@@ -13,6 +13,7 @@ from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Problem, numpy_dtype
 from initaudit.load.pickle_values import Affine, Call, Event, NdArray, Recorder, Tensor, describe
 from initaudit.load.spans import byte_count, show
+from initaudit.load.sparse import Parts, check_dense, dense
 
 MAX_VISITED = 500_000  # values; a list that holds itself twice at every level has 2**levels
 MAX_DEPTH = 64
@@ -89,6 +90,8 @@ def as_array(value: Tensor | NdArray, name: str, where: str, trainable: bool) ->
     label = f"{where}: {show(name)}"
     if isinstance(value, NdArray):
         return _numpy_array(value, name, label)
+    if value.sparse is not None:
+        return _sparse_array(value, *value.sparse, name, label, where, trainable)
     storage = value.storage
     try:
         byte_count(value.dtype, value.shape)
@@ -102,7 +105,8 @@ def as_array(value: Tensor | NdArray, name: str, where: str, trainable: bool) ->
         raise UnreadableModel(label, f"{storage.span.length} bytes of storage {show(storage.key)}", f"{declared}")
     check_view(value, declared // item, label)
     trainable = trainable and (value.requires_grad or not value.parameter)
-    key = f"{storage.identity or storage.key}+{value.offset}" if math.prod(value.shape) else ""
+    steps = "*" * value.conjugate + "-" * value.negative
+    key = f"{storage.identity or storage.key}+{value.offset}{steps}" if math.prod(value.shape) else ""
     if value.quantizer is not None:
         quantizer = value.quantizer
         check_quantizer(quantizer, value, label)
@@ -110,6 +114,16 @@ def as_array(value: Tensor | NdArray, name: str, where: str, trainable: bool) ->
             name, value.shape, "float32", lambda: _dequantized(value, quantizer), key, f"affine {value.dtype}", trainable
         )
     return Array(name, value.shape, value.dtype, lambda: _view(value), key, trainable=trainable)
+
+
+def _sparse_array(
+    value: Tensor, layout: str, parts: tuple[Tensor, ...], name: str, label: str, where: str, trainable: bool
+) -> Array:
+    """The lazy array of a sparse tensor; raises `UnreadableModel` as `as_array` does."""
+    check_dense(value.dtype, value.shape, label)
+    readers = Parts(layout, tuple(as_array(part, f"{name} ({layout})", where, False).open for part in parts))
+    trainable = trainable and (value.requires_grad or not value.parameter)
+    return Array(name, value.shape, value.dtype, lambda: dense(readers, value.shape, label), trainable=trainable)
 
 
 def check_view(value: Tensor, available: int, label: str) -> None:
@@ -144,6 +158,13 @@ def check_quantizer(quantizer: Affine, value: Tensor, label: str) -> None:
 
 
 def _view(value: Tensor) -> np.ndarray[Any, Any]:
+    found = _stored(value)
+    if value.conjugate:
+        found = np.conj(found)
+    return np.asarray(-found) if value.negative else found
+
+
+def _stored(value: Tensor) -> np.ndarray[Any, Any]:
     storage = value.storage
     item = numpy_dtype(value.dtype).itemsize
     if storage.span is None:

@@ -13,6 +13,7 @@ from typing import Any
 from initaudit.load.pickle_machine import NESTED_STREAMS, SET_STATE, Handler, Machine
 from initaudit.load.pickle_values import Affine, Call, Dtype, Global, NdArray, Storage, Tensor
 from initaudit.load.spans import Span
+from initaudit.load.sparse import LAYOUTS
 
 # torch/storage.py, _new_dtypes and the legacy storage classes
 STORAGE_DTYPES = {
@@ -68,7 +69,15 @@ def _tensor(machine: Machine, args: tuple[Any, ...]) -> Tensor:
     """_rebuild_tensor(storage, offset, size, stride) and _rebuild_tensor_v2(..., requires_grad, hooks, metadata)."""
     storage = _storage(args[0])
     grad = bool(args[4]) if len(args) > 4 else False
-    return Tensor(storage, _whole(args[1]), sizes(args[2]), sizes(args[3]), storage.dtype, requires_grad=grad)
+    found = Tensor(storage, _whole(args[1]), sizes(args[2]), sizes(args[3]), storage.dtype, requires_grad=grad)
+    return _steps(found, args[6] if len(args) > 6 else None)
+
+
+def _steps(tensor: Tensor, metadata: Any) -> Tensor:
+    """What PyTorch sets on the tensor beside its view: {"conj": True, "neg": True}."""
+    if isinstance(metadata, dict):
+        tensor.conjugate, tensor.negative = bool(metadata.get("conj")), bool(metadata.get("neg"))
+    return tensor
 
 
 def _whole(value: Any) -> int:
@@ -80,9 +89,8 @@ def _whole(value: Any) -> int:
 def _tensor_v3(machine: Machine, args: tuple[Any, ...]) -> Tensor:
     """_rebuild_tensor_v3(untyped storage, offset, size, stride, requires_grad, hooks, dtype, metadata)."""
     storage = _storage(args[0])
-    return Tensor(
-        storage, _whole(args[1]), sizes(args[2]), sizes(args[3]), torch_dtype(args[6]), requires_grad=bool(args[4])
-    )  # fmt: skip
+    found = Tensor(storage, _whole(args[1]), sizes(args[2]), sizes(args[3]), torch_dtype(args[6]), requires_grad=bool(args[4]))
+    return _steps(found, args[7] if len(args) > 7 else None)
 
 
 def _quantized(machine: Machine, args: tuple[Any, ...]) -> Tensor:
@@ -123,6 +131,19 @@ def _meta_tensor(machine: Machine, args: tuple[Any, ...]) -> Tensor:
         "meta", torch_dtype(args[0]), math.prod(size), None, problem="was saved from the meta device: it has no values"
     )
     return Tensor(storage, 0, size, stride, storage.dtype)
+
+
+def _sparse(machine: Machine, args: tuple[Any, ...]) -> Any:
+    """_rebuild_sparse_tensor(layout, (indices, values, size[, coalesced]) or (compressed, plain, values, size))."""
+    layout, data = args
+    name = layout.name if isinstance(layout, Global) else str(layout.args[0]).removeprefix("torch.")
+    count = 2 if name == "sparse_coo" else 3
+    parts = tuple(data[:count])
+    if name not in LAYOUTS or not all(isinstance(part, Tensor) and part.sparse is None for part in parts):
+        raise TypeError("not the parts of a sparse tensor")
+    values = parts[-1]
+    size = sizes(data[count])
+    return Tensor(values.storage, 0, size, (), values.dtype, requires_grad=values.requires_grad, sparse=(name, parts))
 
 
 def _from_numpy(machine: Machine, args: tuple[Any, ...]) -> Any:
@@ -224,8 +245,8 @@ def _known() -> dict[tuple[str, str], Handler | None]:
         ("torch._utils", "_rebuild_xla_tensor"): _from_numpy,
         ("torch._utils", "_rebuild_nested_tensor"): _first,
         ("torch._utils", "_rebuild_wrapper_subclass"): None,
-        ("torch._utils", "_rebuild_sparse_tensor"): None,
-        ("torch._utils", "_rebuild_sparse_csr_tensor"): None,
+        ("torch._utils", "_rebuild_sparse_tensor"): _sparse,
+        ("torch._utils", "_rebuild_sparse_csr_tensor"): _sparse,
         ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
         ("torch._tensor", "_rebuild_from_type"): _from_type,
         ("torch.nn.parameter", "Parameter"): _parameter,
@@ -247,7 +268,7 @@ def _known() -> dict[tuple[str, str], Handler | None]:
         known["torch.jit._pickle", name] = _first
     inert = {
         "torch": [*STORAGE_DTYPES, *TORCH_DTYPES, *_TENSOR_TYPES, *_NO_NUMBERS,
-                  "Size", "device", "Tensor", "strided", "sparse_coo", "sparse_csr",
+                  "Size", "device", "Tensor", "strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc",
                   "per_tensor_affine", "per_channel_affine", "per_tensor_symmetric", "per_channel_symmetric",
                   "per_channel_affine_float_qparams", "preserve_format",
                   "contiguous_format", "channels_last", "channels_last_3d"],

@@ -75,7 +75,11 @@ class Affine:
 
 @dataclass(eq=False, slots=True)
 class Tensor:
-    """A strided view of a storage; `offset` and `stride` count elements. `parameter` is True for an nn.Parameter."""
+    """A strided view of a storage; `offset` and `stride` count elements. `parameter` is True for an nn.Parameter.
+
+    `sparse` is the layout of a sparse tensor, of which only `shape` and `dtype` are its own, and the tensors it is made of.
+    Where `conjugate` or `negative` is set, its values are those of the storage after that step.
+    """
 
     storage: Storage
     offset: int
@@ -85,6 +89,9 @@ class Tensor:
     parameter: bool = False
     requires_grad: bool = False
     quantizer: Affine | None = None
+    sparse: tuple[str, tuple[Tensor, ...]] | None = None
+    conjugate: bool = False
+    negative: bool = False
 
 
 @dataclass(eq=False, slots=True)

@@ -42,6 +42,8 @@ def checkpoint_of(root: Any, source: str, format: str, where: str, recorder: Rec
     if not arrays and not optimizer and not problems:
         raise NoWeights(where, "no tensors in it", "a checkpoint with weights")
     metadata = {**_scalars(root), **fields.pop("metadata", {})}
+    if optimizer:
+        metadata["optimizers"] = {".".join(path): settings_of(root, path) for path in _optimizer_paths(root)}
     notes = (*fields.pop("notes", ()), *found.notes)
     made = Checkpoint(
         source, format, arrays, problems=tuple(problems), optimizer=optimizer, metadata=metadata, notes=notes, **fields
@@ -146,6 +148,32 @@ def _optimizer_paths(root: Any, path: tuple[str, ...] = (), depth: int = 0) -> I
     for key, value in items:
         if isinstance(value, (dict, list, tuple)):
             yield from _optimizer_paths(value, (*path, key), depth + 1)
+
+
+def settings_of(root: Any, path: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Of an optimizer's state dict, by the key of each parameter: the decay `rates` of its averages, `steps`, and `names`."""
+    for key in path:
+        root = root.state if isinstance(root, Call) else root
+        root = (
+            {str(k): v for k, v in root.items() if isinstance(k, (str, int))}[key] if isinstance(root, dict) else root[int(key)]
+        )
+    found: dict[str, dict[str, Any]] = {"rates": {}, "steps": {}, "names": {}}
+    for group in root["param_groups"]:
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+            continue
+        keys = [str(key) for key in group["params"] if isinstance(key, (str, int))]
+        betas = group.get("betas")
+        rate = betas[1] if isinstance(betas, (tuple, list)) and len(betas) > 1 else group.get("alpha", group.get("rho"))
+        if isinstance(rate, (int, float)):
+            found["rates"].update(dict.fromkeys(keys, float(rate)))
+        names = group.get("param_names")
+        if isinstance(names, list) and len(names) == len(keys):
+            found["names"].update({key: name for key, name in zip(keys, names, strict=True) if isinstance(name, str)})
+    for key, state in root["state"].items():
+        steps = state.get("step") if isinstance(state, dict) else None
+        if isinstance(key, (str, int)) and isinstance(steps, (int, float)):
+            found["steps"][str(key)] = float(steps)
+    return found
 
 
 def _scalars(root: Any) -> dict[str, Any]:

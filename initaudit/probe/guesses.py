@@ -82,6 +82,10 @@ class Argument:
 def signature_of(module: nn.Module) -> tuple[Argument, ...]:
     """The parameters of forward in order. A wrapper that passes everything on has the signature of what it wraps."""
     current: Any = module
+    schema = getattr(module.forward, "schema", None)
+    if schema is not None:  # a compiled TorchScript module has no signature of Python's
+        own_arguments = schema.arguments[1:]  # the first is the module
+        return tuple(Argument(a.name, not a.has_default_value(), True, str(a.type), a.default_value) for a in own_arguments)
     for _ in range(4):
         parameters = list(inspect.signature(current.forward).parameters.values())
         own = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from initaudit.expect.expectation import Expectation
 from initaudit.load.checkpoint import Checkpoint
+from initaudit.measure.gradient_history import History
 from initaudit.measure.moments import Moments
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Evidence:
     `layers` are in forward order. `tensors` holds the moments of every floating-point tensor of the checkpoint by name.
     `graph`, `trace` and `risk` are None where there is no program, or no probe: `no_probe` then says why, and `prediction`
     holds the moments that mean-field theory gives instead. `risk_spread` is the standard deviation of each risk over seeds.
-    `base` is what became of the tensors of the checkpoint given by --base.
+    `base` is what became of the tensors of the checkpoint given by --base, `histories` what the optimizer's state remembers
+    of the gradients.
     """
 
     checkpoint: Checkpoint
@@ -79,6 +81,7 @@ class Evidence:
     risk: Risk | None = None
     no_probe: str = ""
     base: Against | None = None
+    histories: tuple[History, ...] = ()
     prediction: Prediction | None = field(default=None, repr=False)
     risk_spread: Mapping[str, float] = field(default_factory=dict)
 

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from initaudit.load.checkpoint import Array
-from initaudit.measure.moments import Moments, measure
+from initaudit.measure.gradient_history import History
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.rule import Finding, Rule
 from initaudit.rules.support import names, power
 
-# What torch.optim calls its running mean of squared gradients: Adam and its kin, AMSGrad's maximum aside; RMSprop and Adadelta.
-_SECOND = ("exp_avg_sq", "square_avg")
 # As for the gradients of the probe: healthy networks keep 1e-3 of the squared norm down to the first layer, and the gradient
 # grows 100-fold at most. Averages over training are rougher, so that a remark waits for six orders of magnitude.
 _APART = 1e6
 _LEAST = 6  # matrices that make a sequence of layers worth dividing into a beginning and an end
 # Adam adds 1e-8 to the root of the average (Kingma & Ba 2015, algorithm 1): gradients below that no longer set their own step.
 _EPSILON = 1e-8
-
-
-@dataclass(frozen=True)
-class _History:
-    """The running mean of squared gradients of one parameter; `norm2` is its sum, the mean squared norm of the gradient."""
-
-    name: str
-    shape: tuple[int, ...]
-    moments: Moments
-
-    @property
-    def norm2(self) -> float:
-        return self.moments.mean * self.moments.count
 
 
 class GradientHistory(Rule):
@@ -61,13 +42,13 @@ class GradientHistory(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding of each kind."""
-        histories = list(_histories(evidence))
+        histories = list(evidence.histories)
         broken = [h for h in histories if h.moments.nan or h.moments.inf]
         sound = [h for h in histories if h not in broken and h.moments.count]
         if broken:
             yield self._finding(
-                f"the mean squared gradients of {names([h.name for h in broken])} are not finite: a step overflowed, and these "
-                "parameters get no finite update any more",
+                f"the mean squared gradients of {names([_name(h) for h in broken])} are not finite: a step overflowed, and "
+                "these parameters get no finite update any more",
                 "go back to a checkpoint before that step, and clip the gradient",
                 broken,
             )
@@ -75,14 +56,14 @@ class GradientHistory(Rule):
         if silent and len(silent) < len(sound):
             yield self._finding(
                 f"{len(silent)} of {len(sound)} parameters have never had a gradient: their mean squares are exactly zero, "
-                f"that of {silent[0].name} first",
+                f"that of {_name(silent[0])} first",
                 "look for units that died or a branch that is closed, or take these parameters out of the optimizer",
                 silent,
                 measured=float(len(silent)),
             )
         yield from self._depth([h for h in sound if len(h.shape) > 1 and h not in silent])
 
-    def _depth(self, matrices: list[_History]) -> Iterator[Finding]:
+    def _depth(self, matrices: list[History]) -> Iterator[Finding]:
         if len(matrices) < _LEAST:
             return
         third = len(matrices) // 3
@@ -98,42 +79,28 @@ class GradientHistory(Rule):
                 measured=ratio,
                 expected=1.0,
             )
-        small = [h for h in matrices if math.sqrt(max(h.moments.mean, 0.0)) < _EPSILON]
+        small = [h for h in matrices if h.rms < _EPSILON]
         if 2 * len(small) > len(matrices):
             yield self._finding(
                 f"the gradients of {len(small)} of {len(matrices)} matrices are below {_EPSILON:g} in size, Adam's epsilon: "
                 "their steps shrink with them",
                 "scale the loss up, or give Adam a smaller eps",
                 small,
-                measured=math.sqrt(small[0].moments.mean),
+                measured=small[0].rms,
                 expected=_EPSILON,
             )
 
     def _finding(
-        self, message: str, help: str, histories: list[_History], measured: float | None = None, expected: float | None = None
+        self, message: str, help: str, histories: list[History], measured: float | None = None, expected: float | None = None
     ) -> Finding:
-        related = tuple(h.name for h in histories[1:])
-        return self.finding(message, help, tensor=histories[0].name, measured=measured, expected=expected, related=related)
+        related = tuple(_name(h) for h in histories[1:])
+        return self.finding(message, help, tensor=_name(histories[0]), measured=measured, expected=expected, related=related)
 
 
-def _histories(evidence: Evidence) -> Iterator[_History]:
-    """The running means of squared gradients in the order of the parameters; one that cannot be read says nothing."""
-    from initaudit.errors import InitauditError
-
-    found: list[tuple[list[int | str], str, Array]] = []
-    for name, array in evidence.checkpoint.optimizer.items():
-        owner, _, kind = name.rpartition(".")
-        if kind in _SECOND and array.size:
-            # torch.optim counts its parameters: 10 comes after 9.
-            order: list[int | str] = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", owner)]
-            found.append((order, owner, array))
-    for _, owner, array in sorted(found, key=lambda item: [(isinstance(p, str), p) for p in item[0]]):
-        try:
-            yield _History(owner, array.shape, measure(array.read()))
-        except InitauditError:
-            continue
-
-
-def _median(histories: list[_History]) -> float:
+def _median(histories: list[History]) -> float:
     values = sorted(h.norm2 for h in histories)
     return values[len(values) // 2]
+
+
+def _name(history: History) -> str:
+    return history.tensor or history.name

@@ -33,14 +33,13 @@ def attribute_path(tensor: str, program: Any = None, node: str = "") -> str:
     if _WORDS.fullmatch(tensor) or re.fullmatch(r"\d+(\.\w+)+", tensor):
         return "model" + "".join(_step(part) for part in tensor.split("."))
     if hasattr(program, "named_modules"):
-        return f'model.get_parameter("{tensor}")'
+        return f'model.get_parameter("{_quoted(tensor)}")'
     scopes = [part for part in node.split("/")[1:-1] if part] if _SCOPES.fullmatch(node) else []
     if scopes:
         # A child of a container repeats the container's name: layers, then layers.0.
         own = [s for i, s in enumerate(scopes) if not (i + 1 < len(scopes) and scopes[i + 1].startswith(f"{s}."))]
         return "model" + "".join(_step(part) for s in own for part in s.split(".")) + ".weight"
-    escaped = tensor.replace("\\", "\\\\").replace('"', '\\"')
-    return f'tensors["{escaped}"]'
+    return f'tensors["{_quoted(tensor)}"]'
 
 
 def _step(part: str) -> str:
@@ -58,16 +57,27 @@ def _walk(module: Any, parts: list[str]) -> str | None:
         except AttributeError:
             return None
         indexed = part.isdigit() and hasattr(here, "__getitem__") and hasattr(here, "__len__")
-        if indexed and int(part) < len(here) and _same(here, int(part), following):
+        if indexed and int(part) < _length(here) and _same(here, int(part), following):
             text += f"[{part}]"
         elif part.isidentifier() and not keyword.iskeyword(part):
             text += f".{part}"
         elif hasattr(here, "__getitem__") and _same(here, part, following):
             text += f'["{part}"]'
         else:
-            return f'model.get_parameter("{".".join(parts)}")'
+            return f'model.get_parameter("{_quoted(".".join(parts))}")'
         here = following
     return text
+
+
+def _length(container: Any) -> int:
+    try:
+        return len(container)
+    except (TypeError, NotImplementedError):  # a compiled module has the method and not the length
+        return 0
+
+
+def _quoted(name: str) -> str:
+    return name.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _same(container: Any, key: int | str, child: Any) -> bool:
