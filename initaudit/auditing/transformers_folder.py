@@ -106,7 +106,11 @@ def _class(config: Mapping[str, Any]) -> tuple[Any, Any]:
     if not isinstance(name, str) or name not in CONFIG_MAPPING:
         if isinstance(config.get("auto_map"), Mapping):
             raise Unusable(f"{show(asked or name)} is code of its own (auto_map), which is never run")
-        raise Unusable(f"transformers {transformers.__version__} knows no model_type {show(repr(name))}")
+        raise Unusable(
+            f"transformers {transformers.__version__} knows no model_type {show(repr(name))}"
+            if name
+            else "it names no model_type"
+        )
     if any(value > (MAX_COUNT if _COUNTS.search(key) else MAX_INTEGER) for key, value in _integers(config)):
         raise Unusable("it holds a size that no model has")
     plain = {key: value for key, value in config.items() if key not in _LEFT_OUT}

@@ -20,7 +20,7 @@ Confidence = Literal["shape", "name"]
 _TABLE = re.compile(r"embed|(^|[._])(wte|wpe|tok|pos|vocab|lookup)([._]|$)|(bias|shared)\.weight$", re.IGNORECASE)
 # What is added or multiplied element by element although it has several axes: tokens, positions, biases, scales, states.
 _NO_WEIGHT = re.compile(
-    r"(^|[._])[a-z_]*(tokens?|pos|position|positions|embed|embedding|embeddings|bias|biases|table|scale|scales|gamma|beta|alpha|"
+    r"(^|[._])[a-z_]*(tokens?|pos|position|positions|embed|embedding|embeddings|bias|biases|table|scale|scales|scale_inv|gamma|beta|alpha|"
     r"gain|temperature|log|mask|probe|const|constant|mean|std|var|state|absmax|quant_map|rel_pos_[hw])[0-9_]*$",
     re.IGNORECASE,
 )

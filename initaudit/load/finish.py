@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.spans import show
@@ -22,7 +26,8 @@ PACKINGS: tuple[tuple[str, str, frozenset[str]], ...] = (
 def finish(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` with wrapper prefixes stripped (and noted), empty tensors as IA502, and packed weights named as such."""
     arrays, notes = strip_wrappers(checkpoint.arrays)
-    arrays = name_packings(arrays)
+    arrays = with_scales(name_packings(arrays))
+    notes = (*notes, *_packed(arrays))
     arrays = {name: array if _learns(array) else replace(array, trainable=False) for name, array in arrays.items()}
     empty = [name for name, array in arrays.items() if array.size == 0 and "float" in array.dtype]
     problems = list(checkpoint.problems)
@@ -33,6 +38,58 @@ def finish(checkpoint: Checkpoint) -> Checkpoint:
         problem = Problem("IA502", empty[0], f"{first}{rest}; {advice}")
         problems += [] if problem in problems else [problem]
     return replace(checkpoint, arrays=arrays, problems=tuple(problems), notes=checkpoint.notes + notes)
+
+
+def _packed(arrays: Mapping[str, Array]) -> tuple[str, ...]:
+    """A note for each way of packing: the numbers of such weights are codes."""
+    found: dict[str, list[str]] = {}
+    for name, array in arrays.items():
+        if array.quantized and "int" in array.dtype:
+            found.setdefault(array.quantized, []).append(name)
+    return tuple(
+        f"{len(names)} {'weight is' if len(names) == 1 else 'weights are'} quantised ({packing}) and not judged: "
+        + show(names[0], 60) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for packing, names in found.items()
+    )  # fmt: skip
+
+
+# What compressed-tensors, FBGEMM and DeepSeek call the factors of an eight-bit float: the weight is their product
+_SCALES = ("weight_scale", "weight_scale_inv", "scale_weight")
+
+
+def with_scales(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """`arrays` with eight-bit floats multiplied by the scales that stand beside them, which are no weights themselves."""
+    found = dict(arrays)
+    for name, array in arrays.items():
+        stem, dot, last = name.rpartition(".")
+        weight = arrays.get(f"{stem}{dot}weight")
+        if last not in _SCALES or weight is None or not weight.dtype.startswith("float8"):
+            continue
+        found[name] = replace(array, trainable=False)
+        if _fits(array.shape, weight.shape):
+            found[weight.name] = replace(
+                weight, dtype="float32", open=_scaled(weight, array), storage="", quantized=f"{weight.dtype} with scales"
+            )
+    return found
+
+
+def _fits(scales: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """One scale, or as many axes as the weight, each of one scale for so many units."""
+    return math.prod(scales) == 1 or (len(scales) == len(shape) and all(0 < s <= n for s, n in zip(scales, shape, strict=True)))
+
+
+def _scaled(weight: Array, scales: Array) -> Callable[[], np.ndarray[Any, Any]]:
+    def read() -> np.ndarray[Any, Any]:
+        factors = scales.read().astype(np.float32)
+        values = weight.read().astype(np.float32)
+        if factors.size == 1:
+            return np.asarray(values * factors.reshape(()))
+        for axis, size in enumerate(weight.shape):
+            side = -(-size // factors.shape[axis])  # the last block may be cut
+            factors = np.repeat(factors, side, axis=axis).take(range(size), axis=axis)
+        return np.asarray(values * factors)
+
+    return read
 
 
 def _learns(array: Array) -> bool:

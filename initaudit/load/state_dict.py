@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +43,8 @@ def checkpoint_of(root: Any, source: str, format: str, where: str, recorder: Rec
     optimizer = named_arrays(found.optimizer, where, problems)
     if not arrays and not optimizer and not problems:
         raise NoWeights(where, "no tensors in it", "a checkpoint with weights")
+    if optimizer and not arrays:
+        found.notes.append("the file holds the state of an optimizer and no weights")
     metadata = {**_scalars(root), **fields.pop("metadata", {})}
     if optimizer:
         metadata["optimizers"] = {".".join(path): settings_of(root, path) for path in _optimizer_paths(root)}
@@ -81,8 +85,12 @@ def sort_leaves(root: Any, broken: list[str]) -> Sorted:
             groups.setdefault(path[:1], []).append((path, leaf, trainable))
         else:
             loose.append((path, leaf, trainable))
-    # Beside a state dict stand random states and counters: tensors of integers that no layer owns
-    weighty = {key: group for key, group in groups.items() if any(_is_float(leaf) for _, leaf, _ in group)}
+    # Beside a state dict stand random states, counters and scores: integers and single numbers that no layer owns
+    weighty = {
+        key: group
+        for key, group in groups.items()
+        if any(_is_float(leaf) and math.prod(leaf.shape) > 1 for _, leaf, _ in group)
+    }
     for key, group in (weighty or groups).items():
         twin = next((other for other, kept in result.groups.items() if _signature(kept) == _signature(group)), None)
         if twin is not None:
@@ -91,6 +99,7 @@ def sort_leaves(root: Any, broken: list[str]) -> Sorted:
             )
         else:
             result.groups[key] = group
+    result.groups = {key: _without_averages(group, result.notes) for key, group in result.groups.items()}
     if loose and (not result.groups or any(_is_float(leaf) for _, leaf, _ in loose)):
         result.groups[()] = loose
     return _descend(result)
@@ -118,6 +127,35 @@ def _descend(result: Sorted) -> Sorted:
         key = longer
     result.groups = {key: group}
     return result
+
+
+_AVERAGE = re.compile(r"(.*_)?ema(_.*)?", re.IGNORECASE)  # the field's word: exponential moving average
+
+
+def _without_averages(group: list[Leaf], notes: list[str]) -> list[Leaf]:
+    """`group` without the averaged copy that stands in the same dict under a word of its own.
+
+    Trainers take the dots out of names: `model_ema.blocks0weight` is the average of `model.blocks.0.weight`.
+    """
+    parts = [path[-1].partition(".") for path, _, _ in group]
+    kept = {
+        rest.replace(".", ""): leaf.shape
+        for (head, _, rest), (_, leaf, _) in zip(parts, group, strict=True)
+        if not _average(head)
+    }
+    left: dict[str, list[Leaf]] = {}
+    for (head, _, rest), leaf in zip(parts, group, strict=True):
+        if _average(head) and (kept.get(rest.replace(".", "")) == leaf[1].shape or math.prod(leaf[1].shape) == 1):
+            left.setdefault(head, []).append(leaf)
+    for head, leaves_of in left.items():
+        if len(leaves_of) == sum(1 for first, _, _ in parts if first == head):
+            notes.append(f"{show(head)!r} holds an average of the same weights and is not audited")
+            group = [leaf for leaf in group if not any(leaf is other for other in leaves_of)]
+    return group
+
+
+def _average(word: str) -> bool:
+    return _AVERAGE.fullmatch(word) is not None
 
 
 def _signature(group: list[Leaf]) -> frozenset[tuple[tuple[str, ...], tuple[int, ...]]]:

@@ -24,7 +24,7 @@ FORMAT = "torch_zip"
 MAX_PICKLE = 256 << 20  # bytes of a pickle; tensors are no part of it
 MAIN = ("data.pkl", "constants.pkl")  # what torch.load and torch.jit.load open
 _EXAMPLES = re.compile(
-    r"/(data/sample_inputs/[^/]+\.pt|traced_inputs\.pkl|[^/]+\.debug_pkl)$"
+    r"/(data/sample_inputs/[^/]+\.pt|traced_inputs\.pkl|bytecode\.pkl|[^/]+\.debug_pkl)$"
 )  # what PyTorch itself puts there
 Entries = dict[str, list[Entry]]
 
