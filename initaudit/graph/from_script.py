@@ -16,30 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.fx import traceback
 
 from initaudit.errors import LimitExceeded, UnreadableModel, UnsupportedOperator
 from initaudit.graph.from_exported import ReadProgram
 from initaudit.graph.script_operators import COMPARISONS, WORDS, call
+from initaudit.graph.script_parts import SHELLS, marker, parsed, shell_of
 from initaudit.load.script_code import Instance, Named, ScriptProgram
 from initaudit.load.spans import show
 
 MOST_STEPS = 500_000  # statements and expressions of one forward; a network of 100 blocks takes some 50,000
 MOST_SECONDS = 30.0
 MOST_CALLS = 200  # functions within functions
-# Layers by whose sizes inputs are guessed, and what is asked of them; they are never called
-_SHELLS: Mapping[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    **{
-        kind.__name__: (kind, ("in_channels", "kernel_size", "transposed"))
-        for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    },
-    "Linear": (nn.Linear, ("in_features",)),
-    "Embedding": (nn.Embedding, ("num_embeddings",)),
-    "EmbeddingBag": (nn.EmbeddingBag, ("num_embeddings",)),
-    **{kind.__name__: (kind, ("input_size", "batch_first")) for kind in (nn.LSTM, nn.GRU, nn.RNN)},
-    "MultiheadAttention": (nn.MultiheadAttention, ("embed_dim", "batch_first")),
-}
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ class ScriptModule(ReadProgram):
 
     def __init__(self, program: ScriptProgram, tensors: Mapping[str, torch.Tensor]) -> None:
         self.program = program
-        self.units = {name: _parsed(name, text) for name, text in program.sources.items()}
+        self.units = {name: parsed(name, text) for name, text in program.sources.items()}
         forward = self.method(program.root, "forward")
         super().__init__(_signature(forward, self))
         self.modules_of: dict[int, str] = {}
@@ -99,7 +88,7 @@ class ScriptModule(ReadProgram):
         for name, value in tensors.items():
             self.hold(name, value, value.is_floating_point() and name in self.learned)
         self.training = bool(program.root.attributes.get("training", False))
-        self.nodes = {path: _marker(path) for path in set(self.modules_of.values())}
+        self.nodes = {path: marker(path) for path in set(self.modules_of.values())}
 
     def run(self, *inputs: Any) -> Any:
         """Calls the root's forward."""
@@ -130,26 +119,13 @@ class ScriptModule(ReadProgram):
         """Every object's module path, and in its place a shell of the layer that it was, by whose sizes inputs are guessed."""
         for instance, name in self._instances(root, path):
             self.modules_of[id(instance)] = name
-            kind = _SHELLS.get(instance.type.rpartition(".")[2])
+            kind = SHELLS.get(instance.type.rpartition(".")[2])
             if name and kind is not None and instance.type.startswith("__torch__.torch.nn."):
                 *above, last = name.split(".")
                 owner: nn.Module = self
                 for part in above:
                     owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
-                owner._modules[last] = self._shell(*kind, instance)
-
-    def _shell(self, kind: type[nn.Module], needed: tuple[str, ...], instance: Instance) -> nn.Module:
-        known = dict(instance.attributes)
-        for statement in self._class(instance.type).body:
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value is not None:
-                with contextlib.suppress(ValueError):
-                    known[statement.target.id] = ast.literal_eval(statement.value)
-        if not all(isinstance(known.get(name), (bool, int, tuple)) for name in needed):
-            return nn.Module()
-        shell = kind.__new__(kind)
-        nn.Module.__init__(shell)
-        vars(shell).update({name: known[name] for name in needed})
-        return shell
+                owner._modules[last] = shell_of(*kind, instance, self._class(instance.type))
 
     def _listed(self, instance: Instance, name: str) -> list[str]:
         for statement in self._class(instance.type).body:
@@ -373,19 +349,10 @@ class ScriptModule(ReadProgram):
         return made
 
 
-def _parsed(name: str, text: str) -> dict[str, ast.stmt]:
-    """The classes and functions of one source by name; raises UnreadableModel for text that is no code."""
-    try:
-        body = ast.parse(text).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise UnreadableModel(show(name), f"its code cannot be parsed ({type(error).__name__})") from error
-    return {node.name: node for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
-
-
 def script_inputs(program: ScriptProgram) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of the inputs that a traced module was recorded with, by their names; empty where they are not known."""
     module, _, last = program.root.type.rpartition(".")
-    found = _parsed(module, program.sources.get(module, "")).get(last)
+    found = parsed(module, program.sources.get(module, "")).get(last)
     for statement in found.body if isinstance(found, ast.ClassDef) else ():
         if isinstance(statement, ast.FunctionDef) and statement.name == "forward":
             names = [argument.arg for argument in statement.args.args[1:]]
@@ -411,12 +378,3 @@ def _signature(forward: Function, module: ScriptModule) -> inspect.Signature:
         note = ast.unparse(argument.annotation) if argument.annotation is not None else inspect.Parameter.empty
         found.append(inspect.Parameter(argument.arg, kind, default=default, annotation=note))
     return inspect.Signature(found)
-
-
-def _marker(path: str) -> fx.Node:
-    """A node whose meta says which module a call is of."""
-    node = fx.Graph().placeholder("of")
-    parts = path.split(".") if path else []
-    paths = [".".join(parts[: count + 1]) for count in range(len(parts))]
-    node.meta["nn_module_stack"] = {"L__self__": ("", ""), **{f"L__self__{each}": (each, "") for each in paths}}
-    return node
