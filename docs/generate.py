@@ -52,6 +52,10 @@ def rule_page(rule: Rule) -> str:
     for title, examples in (("Reported", type(rule).invalid()), ("Left alone", type(rule).valid())):
         if examples:
             parts.append(f"## {title}\n\n" + "\n".join(f"- {example.name}" for example in examples))
+    if thresholds := type(rule).thresholds:
+        rows = [f"| `{rule.code}.{t.name}` | {t.default:g} | {t.unit} | {t.source} |" for t in thresholds]
+        head = "## Thresholds\n\n[`thresholds`](../configuration.md#thresholds) of the configuration changes them."
+        parts.append("\n".join([head, "", "| name | default | unit | why |", "|---|---|---|---|", *rows]))
     parts.append(f"The models meant are built, and tested, in `{type(rule).__module__.replace('.', '/')}.py`.")
     parts.append(f"Silence it: `--ignore {rule.code}`, or [for some tensors only](../configuration.md#per-tensor-ignores).")
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -235,6 +235,17 @@ def _number(value: Any, where: str, folder: Path) -> float:
     return float(value)
 
 
+def _thresholds(value: Any, where: str, folder: Path) -> Mapping[str, float]:
+    """Numbers by "IA306.slope"; without quotes TOML reads that as a table of its own, {IA306 = {slope = ...}}."""
+    if not isinstance(value, dict):
+        raise UsageError(where, f"{value!r}", "a table")
+    found: dict[str, float] = {}
+    for key, part in value.items():
+        inner = {f"{key}.{name}": number for name, number in part.items()} if isinstance(part, dict) else {key: part}
+        found |= {name: _number(number, f"{where}.{name}", folder) for name, number in inner.items()}
+    return found
+
+
 def _ignores(value: Any, where: str, folder: Path) -> tuple[Ignore, ...]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UsageError(where, f"{value!r}", "an array of tables with tensors, codes and reason")
@@ -289,7 +300,7 @@ _MODEL_KEYS: dict[str, Parser] = {
     "probe-seeds": _count(1),
     "per-tensor-ignores": _ignores,
     "severity": _mapping(_choice(SEVERITIES)),
-    "thresholds": _mapping(_number),
+    "thresholds": _thresholds,
     "rehearse": _count(0),
 }
 

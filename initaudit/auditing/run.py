@@ -71,7 +71,10 @@ def audit(model: Any, inputs: Any = None, *, config: Config | Mapping[str, Any] 
     `Config` or a mapping of its fields. Raises UnreadableModel where the model cannot be read or run, UsageError for inputs or
     configuration that mean nothing.
     """
+    from initaudit.rules.selection import check_config
+
     settings = config if isinstance(config, Config) else Config(**known_fields(config or {}))
+    check_config(settings)
     return Audit(_in_force(report_on(open_model(model), settings, inputs=inputs), settings))
 
 

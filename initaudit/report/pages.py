@@ -29,7 +29,11 @@ def terminal_page(rule: Rule, style: Style) -> str:
     head = f"{rule.code} {rule.name}"
     facts = f"severity: up to {rule.severity}   judges: {_PHASES[rule.phase]}"
     fires = wrap(f"Fires when {rule.summary.rstrip('.')}.", style.width)
-    return "\n".join([style.paint(head, "bold"), facts, "", fires, "", _reflow(docstring(rule), style.width)])
+    page = [style.paint(head, "bold"), facts, "", fires, "", _reflow(docstring(rule), style.width)]
+    if thresholds := type(rule).thresholds:
+        page += ["", "Thresholds, as thresholds = { ... } of the configuration changes them:"]
+        page += [wrap(f"{rule.code}.{t.name} = {t.default:g}  {t.unit}; {t.source}", style.width, "  ") for t in thresholds]
+    return "\n".join(page)
 
 
 def _reflow(text: str, width: int) -> str:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.rule import Threshold
 from initaudit.rules.support import chain, normalised, view
+
+if TYPE_CHECKING:
+    from initaudit.config import Config
 
 Level = Literal["", "warning", "error"]
 
@@ -29,6 +33,35 @@ GROWTH = (1e3, 1e7)
 # layers of Inception, and train: a growth of less than RATE a layer has to be that much larger to be a fault.
 GRADIENT_GROWTH = (1e4, 1e8)
 RATE, SLOWLY = 2.0, 1e4
+_MEASURED = "between healthy networks and those that failed to train (initaudit/rules/health.py)"
+
+
+def pair_of(limits: tuple[float, float], what: str) -> tuple[Threshold, Threshold]:
+    """The two thresholds of a rule about the network as a whole."""
+    return Threshold("warning", limits[0], what, _MEASURED), Threshold("error", limits[1], what, _MEASURED)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """(warning, error) of each ratio; the rules of these codes declare them."""
+
+    signal: tuple[float, float] = SIGNAL
+    contrast: tuple[float, float] = CONTRAST
+    gradient: tuple[float, float] = GRADIENT
+    growth: tuple[float, float] = GROWTH
+    gradient_growth: tuple[float, float] = GRADIENT_GROWTH
+
+
+def limits_of(config: Config) -> Limits:
+    """The limits in force."""
+
+    def of(code: str, default: tuple[float, float]) -> tuple[float, float]:
+        given = config.thresholds
+        return given.get(f"{code}.warning", default[0]), given.get(f"{code}.error", default[1])
+
+    return Limits(
+        of("IA301", SIGNAL), of("IA307", CONTRAST), of("IA303", GRADIENT), of("IA302", GROWTH), of("IA304", GRADIENT_GROWTH)
+    )
 
 
 @dataclass(frozen=True)
@@ -48,11 +81,16 @@ class Health:
     worst_gradient: LayerEvidence | None = None
     worst_growth: LayerEvidence | None = None
     worst_gradient_growth: LayerEvidence | None = None
+    limits: Limits = Limits()
 
     @property
     def vanishing(self) -> Level:
         """How badly signal, contrast or gradient vanish."""
-        found = (below(self.signal, SIGNAL), below(self.contrast, CONTRAST), below(self.gradient, GRADIENT))
+        found = (
+            below(self.signal, self.limits.signal),
+            below(self.contrast, self.limits.contrast),
+            below(self.gradient, self.limits.gradient),
+        )
         return worst(*found)
 
     @property
@@ -64,13 +102,13 @@ class Health:
     def gradient_growing(self) -> Level:
         """How badly the gradient grows on its way back, by its size and by its rate."""
         slow = self.gradient_growth < RATE ** len(self.layers)
-        return above(self.gradient_growth / (SLOWLY if slow else 1.0), GRADIENT_GROWTH)
+        return above(self.gradient_growth / (SLOWLY if slow else 1.0), self.limits.gradient_growth)
 
     @property
     def growing(self) -> Level:
         """How badly the signal grows: an error only where the growth reaches the output's layer."""
-        level = above(self.growth, GROWTH)
-        return level if above(self.reaching, GROWTH) else "warning" if level else ""
+        level = above(self.growth, self.limits.growth)
+        return level if above(self.reaching, self.limits.growth) else "warning" if level else ""
 
 
 def below(value: float, limits: tuple[float, float]) -> Level:
@@ -96,9 +134,9 @@ def _ended(layer: LayerEvidence) -> bool:
 def health(evidence: Evidence) -> Health:
     """The health of the network as the probe saw it; all ones where there was none, or its signal was not finite."""
     flow, trace = view(evidence).flow, evidence.trace
-    layers = chain(evidence)
+    layers, limits = chain(evidence), limits_of(evidence.config)
     if flow is None or trace is None or evidence.graph is None or not layers or trace.broken:
-        return Health(tuple(layers))
+        return Health(tuple(layers), limits=limits)
     signal = min((flow.size[n] * flow.contrast[n] for n in flow.last if n in flow.size), default=1.0)
     contrast = min((flow.contrast[n] for n in flow.last if n in flow.contrast), default=1.0)
     inputs = {n.name: [a.name for a in n.all_input_nodes] for n in evidence.graph.fx.nodes}
@@ -115,4 +153,4 @@ def health(evidence: Evidence) -> Health:
     high = max(grown, key=lambda g: g[0], default=(1.0, None))
     size = max(sizes, key=lambda g: g[0], default=(1.0, None))
     reaches = max((flow.growth[n] for n in flow.last if n in flow.growth), default=1.0)
-    return Health(tuple(layers), signal, contrast, low[0], size[0], high[0], reaches, low[1], size[1], high[1])
+    return Health(tuple(layers), signal, contrast, low[0], size[0], high[0], reaches, low[1], size[1], high[1], limits)

@@ -9,7 +9,7 @@ from typing import Any
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import convs, example, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import activation_of, fields, fresh_layers, initial, power, sigmas
 from initaudit.rules.variance import deviates, deviation
 
@@ -41,6 +41,11 @@ class VarianceTooLarge(Rule):
     severity = "error"
     phase = "init"
     summary = "observed variance is above what the downstream activation needs, beyond sampling error, and the signal suffers"
+    thresholds = (
+        Threshold(
+            "radius", _RADIUS, "spectral radius of a recurrence", "a tanh recurrence there is chaotic (Sompolinsky et al. 1988)"
+        ),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all the layers that together blow the signal up, and one for each recurrence."""
@@ -75,7 +80,7 @@ class VarianceTooLarge(Rule):
             if width is None:
                 continue
             radius = math.sqrt(width * layer.moments.variance)
-            if radius > _RADIUS:
+            if radius > self.limit(evidence, "radius"):
                 yield self.finding(
                     f"the hidden matrix has variance {layer.moments.variance:.3g} at width {width}: a spectral radius of about "
                     f"{radius:.3g} (Girko 1984), where 1 keeps the state's size; each time step multiplies state and gradient "

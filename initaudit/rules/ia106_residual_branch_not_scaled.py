@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, residual
 from initaudit.rules.remedy import normal_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.structure import sum_behind
 from initaudit.rules.support import SIGMAS, apart, error_of, fields, fresh_layers, initial, names, power, sigmas
 
@@ -51,6 +51,14 @@ class ResidualBranchNotScaled(Rule):
     summary = (
         "a deep residual stack whose convention scales the last matrix of a branch, and this one does not, or the wrong one"
     )
+    thresholds = (
+        Threshold(
+            "growth",
+            _GROWN,
+            "times the power of the residual stream",
+            "twelve unscaled blocks of GPT-2 grow it 40-fold and train",
+        ),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""
@@ -69,7 +77,7 @@ class ResidualBranchNotScaled(Rule):
             yield from self._some(stack, unscaled)
         if len(unscaled) < count or (not wrong and not stack.uniform):
             return
-        grown = stack.growth > _GROWN
+        grown = stack.growth > self.limit(evidence, "growth")
         if wrong:
             message = (
                 f"{names(wrong, 2)} and the like have {wrong[0].moments.std / spread:.3g} of the other matrices' "

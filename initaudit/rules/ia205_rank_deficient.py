@@ -10,7 +10,7 @@ import numpy as np
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, fresh_layers, initial, to_output
 
 # A weight is projected to this many rows and columns, which keeps its rank up to that.
@@ -42,6 +42,7 @@ class RankDeficient(Rule):
     severity = "warning"
     phase = "init"
     summary = "far fewer independent directions than the shape allows"
+    thresholds = (Threshold("rank", _HALF, "of the largest rank", "a matrix that was drawn has full rank"),)
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each weight."""
@@ -60,7 +61,7 @@ class RankDeficient(Rule):
             if found is None:
                 continue
             rank, most = found
-            if rank < _HALF * most:
+            if rank < self.limit(evidence, "rank") * most:
                 yield self.finding(
                     f"of {most} directions that a weight of this shape has at least, {rank} are independent (singular "
                     "values above "

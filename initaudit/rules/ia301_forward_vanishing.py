@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, linear, mlp
-from initaudit.rules.health import SIGNAL, below, health
+from initaudit.rules.health import SIGNAL, below, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import initial, names, power, rate, ratio_of
@@ -33,11 +33,12 @@ class ForwardVanishing(Rule):
     severity = "error"
     phase = "init"
     summary = "the second moment shrinks with depth"
+    thresholds = pair_of(SIGNAL, "of the power that tells inputs apart")
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""
         state = health(evidence)
-        level = below(state.signal, SIGNAL)
+        level = below(state.signal, state.limits.signal)
         if not level or not initial(evidence):
             return
         small = [x for x in state.layers if (ratio_of(x) or 1) < 1] or list(state.layers)

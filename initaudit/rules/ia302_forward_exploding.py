@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, mlp
-from initaudit.rules.health import health
+from initaudit.rules.health import GROWTH, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import fields, initial, power, rate
@@ -33,6 +33,7 @@ class ForwardExploding(Rule):
     severity = "error"
     phase = "init"
     summary = "the second moment grows with depth"
+    thresholds = pair_of(GROWTH, "times the signal's power")
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp, residual
-from initaudit.rules.health import GRADIENT, below, health
+from initaudit.rules.health import GRADIENT, below, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import activation_of, fields, initial, power, rate
@@ -33,11 +33,12 @@ class GradientVanishing(Rule):
     severity = "error"
     phase = "init"
     summary = "the gradient's second moment shrinks towards the input"
+    thresholds = pair_of(GRADIENT, "of the gradient's power")
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""
         state = health(evidence)
-        level, layer = below(state.gradient, GRADIENT), state.worst_gradient
+        level, layer = below(state.gradient, state.limits.gradient), state.worst_gradient
         if not level or layer is None or not initial(evidence):
             return
         yield self.finding(

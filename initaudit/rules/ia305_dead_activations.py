@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import with_bias
-from initaudit.rules.rule import Example, Finding, Rule, Severity
+from initaudit.rules.rule import Example, Finding, Rule, Severity, Threshold
 from initaudit.rules.support import SIGMAS, fields
 
 # Once all inputs are alike (deep plain stacks), a unit of mean zero is off for all of them with probability 1/2.
@@ -37,6 +37,10 @@ class DeadActivations(Rule):
     severity = "error"
     phase = "any"
     summary = "units that are zero for every input"
+    thresholds = (
+        Threshold("share", _ALIKE, "of the units", "a ReLU is off for half of all inputs where these are alike"),
+        Threshold("error", _MOST, "of the units", "a layer of which a tenth works"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding, at the first activation of this kind in forward order."""
@@ -53,13 +57,13 @@ class DeadActivations(Rule):
                 if signal is None or signal.dead is None or not signal.shape or feed.node in steadied:
                     continue
                 units = min(max(signal.shape[1:], default=1), layer.moments.count)
-                if units >= _FEW and signal.dead > _ALIKE + SIGMAS * math.sqrt(0.25 / units):
+                if units >= _FEW and signal.dead > self.limit(evidence, "share") + SIGMAS * math.sqrt(0.25 / units):
                     found.append((layer, feed, signal))
         if not found:
             return
         layer, feed, signal = found[0]
         dead = signal.dead or 0.0
-        broken = dead >= _MOST
+        broken = dead >= self.limit(evidence, "error")
         # A trained network may do without some of its units; that all are off is a fault at any time.
         level: Severity = "error" if broken else "warning" if evidence.phase == "init" else "info"
         yield self.finding(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, fresh_layers, initial, normalised
 from initaudit.rules.variance import slope_of
 
@@ -37,6 +37,10 @@ class SaturatedActivations(Rule):
     severity = "error"
     phase = "init"
     summary = "units in the flat part of their activation for every input"
+    thresholds = (
+        Threshold("slope", _FLAT, "of the steepest slope", "a tanh fed with N(0, 1) has 0.68, a sigmoid 0.83"),
+        Threshold("always", _ALWAYS, "of the units", "half of the layer answers to no input"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding, at the first layer of this kind."""
@@ -49,7 +53,7 @@ class SaturatedActivations(Rule):
             if slope is None or normalised(layer):
                 continue
             always = max((s.saturated or 0.0 for f in layer.feeds if (s := trace.signals.get(f.node)) is not None), default=0.0)
-            if slope < _FLAT or always > _ALWAYS:
+            if slope < self.limit(evidence, "slope") or always > self.limit(evidence, "always"):
                 found.append((layer, slope, always))
         if not found:
             return
@@ -60,7 +64,7 @@ class SaturatedActivations(Rule):
             f"inputs of N(0, 1)), {100 * always:.0f} % of its units are flat for every input; {slope**2:.1g} of the "
             "gradient's power passes" + (f" each of {len(found)} such layers" if len(found) > 1 else ""),
             init_line(layer),
-            severity="error" if always > _ALWAYS else "warning",
+            severity="error" if always > self.limit(evidence, "always") else "warning",
             measured=slope,
             expected=0.7,
             related=tuple(x.tensor for x, _, _ in found[1:]),

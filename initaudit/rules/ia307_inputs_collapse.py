@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp, residual
-from initaudit.rules.health import CONTRAST, below, health
+from initaudit.rules.health import CONTRAST, below, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import initial, names, power, ratio_of, view
@@ -33,13 +33,14 @@ class InputsCollapse(Rule):
     severity = "error"
     phase = "init"
     summary = "different inputs become the same representation (correlation to 1, rank collapse)"
+    thresholds = pair_of(CONTRAST, "of the share that differs between inputs")
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""
         state, flow = health(evidence), view(evidence).flow
         if flow is None or evidence.trace is None or not initial(evidence) or not state.layers:
             return
-        level = below(state.contrast, CONTRAST)
+        level = below(state.contrast, state.limits.contrast)
         signals = evidence.trace.signals
         last = [n for n in flow.last if n in signals]
         constant = bool(last) and all(signals[n].moment2 == 0 or flow.contrast.get(n) == 0 for n in last)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
-from initaudit.rules.health import GROWTH, health
+from initaudit.rules.health import health
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import bounded, fields, initial, power
@@ -37,7 +37,7 @@ class Chaotic(Rule):
         """At most one finding."""
         state = health(evidence)
         layer = state.worst_gradient_growth
-        if not initial(evidence) or layer is None or state.growth > GROWTH[0] or not state.gradient_growing:
+        if not initial(evidence) or layer is None or state.growth > state.limits.growth[0] or not state.gradient_growing:
             return
         if not bounded(evidence, state.layers):
             return

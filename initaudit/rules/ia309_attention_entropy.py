@@ -8,7 +8,7 @@ from typing import Any
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, fresh_layers, initial, path_of
 
 # Entropy as a share of that of a uniform row. At unit variance of the scores it is 0.8 to 0.9; at 0.2 and 16 positions 1.7 of
@@ -37,6 +37,7 @@ class AttentionEntropy(Rule):
     severity = "warning"
     phase = "init"
     summary = "softmax attention is one-hot at the start (or uniform because its input collapsed)"
+    thresholds = (Threshold("entropy", _ONE_HOT, "of the largest entropy", "at unit variance of the scores it is 0.8 to 0.9"),)
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all attentions of this kind."""
@@ -47,7 +48,7 @@ class AttentionEntropy(Rule):
             s
             for s in sorted(evidence.trace.signals.values(), key=lambda s: s.order)
             if s.entropy is not None
-            and s.entropy < _ONE_HOT
+            and s.entropy < self.limit(evidence, "entropy")
             and s.node not in ends
             and len(s.shape) >= 3
             and s.shape[-2] >= _LEAST

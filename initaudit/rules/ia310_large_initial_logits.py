@@ -10,7 +10,7 @@ import numpy as np
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import expression_of
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, initial, is_fresh, to_output
 
 # Library heads drawn as U(±1/sqrt(classes)) start at 2 to 4 times ln C with ten classes and train: the first tens of steps
@@ -43,6 +43,10 @@ class LargeInitialLogits(Rule):
     severity = "warning"
     phase = "init"
     summary = "the expected initial loss is far above ln(classes)"
+    thresholds = (
+        Threshold("times", _TIMES, "times ln(classes)", "library heads start at 2 to 4 times and train"),
+        Threshold("nats", _NATS, "nats above ln(classes)", "more is then undone than learnt at first"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each head."""
@@ -56,7 +60,7 @@ class LargeInitialLogits(Rule):
                 continue
             loss = expected_loss(math.sqrt(moment2), classes)
             chance = math.log(classes)
-            if loss > _TIMES * chance and loss > chance + _NATS:
+            if loss > self.limit(evidence, "times") * chance and loss > chance + self.limit(evidence, "nats"):
                 inputs = layer.records[0].input_moment2 or 1.0
                 std = 1 / math.sqrt(layer.pair.fan_in * inputs)
                 yield self.finding(

@@ -11,7 +11,7 @@ from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.gates import factors
 from initaudit.rules.remedy import parameter
-from initaudit.rules.rule import Example, Finding, Rule, Severity
+from initaudit.rules.rule import Example, Finding, Rule, Severity, Threshold
 from initaudit.rules.support import initial, names
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ class NoGradient(Rule):
     severity = "error"
     phase = "init"
     summary = "a trainable parameter receives no gradient at all"
+    thresholds = (
+        Threshold("error", _CUT, "of the parameters", "a network of which a tenth does not learn is another network"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for parameters that are never reached, one for those that are cut off."""
@@ -70,7 +73,9 @@ class NoGradient(Rule):
             if scale
             else "initialise what cuts them off, or remove them from the model",
             # Scales and shifts may cancel in what a small input shows of a network; a tenth of it is a cut.
-            severity=("error" if share > _CUT or first.norm == 0 else "warning") if matrices else "info",
+            severity=("error" if share > self.limit(evidence, "error") or first.norm == 0 else "warning")
+            if matrices
+            else "info",
             measured=0.0,
             tensor=first.name,
             related=tuple(others),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, fresh_layers, initial, names, to_output
 
 # Ratios of norms over layers in healthy networks span up to 1e3; those with gates and LayerScale up to 1e17, by design.
@@ -38,6 +38,7 @@ class UnevenUpdate(Rule):
     summary = (
         "the ratio of weight norm to gradient norm (the trust ratio of LARS) differs by orders of magnitude between layers"
     )
+    thresholds = (Threshold("span", _SPAN, "largest / smallest trust ratio", "healthy networks span up to 1e3"),)
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding, with the multipliers."""
@@ -51,7 +52,7 @@ class UnevenUpdate(Rule):
         if len(ratios) < 2:
             return
         low, high = min(ratios, key=lambda r: r[0]), max(ratios, key=lambda r: r[0])
-        if not high[0] / low[0] > _SPAN:
+        if not high[0] / low[0] > self.limit(evidence, "span"):
             return
         middle = math.exp(sum(math.log(r) for r, _ in ratios) / len(ratios))
         chosen = sorted(ratios, key=lambda r: -abs(math.log(r[0] / middle)))[:_SHOWN]

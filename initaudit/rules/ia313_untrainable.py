@@ -7,7 +7,7 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, mlp
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import initial
 
 # Of 276 networks that were trained, those of a usual initialization that train stay below 0.5 under the better optimizer, the
@@ -35,6 +35,10 @@ class Untrainable(Rule):
     severity = "warning"
     phase = "init"
     summary = "some virtual steps of SGD and Adam learn nothing, and no other rule says why"
+    thresholds = (
+        Threshold("warning", _LIKELY, "probability for the better optimizer", "more likely to fail than not"),
+        Threshold("error", _CERTAIN, "probability for the better optimizer", "calibrated, docs/trainability.md"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""
@@ -42,13 +46,13 @@ class Untrainable(Rule):
         if risk is None or trace is None or not trace.response or not initial(evidence):
             return
         least = min(risk.untrainable_sgd, risk.untrainable_adam)
-        if least < _LIKELY:
+        if least < self.limit(evidence, "warning"):
             return
         yield self.finding(
             f"the network is likely not to learn: {risk.untrainable_sgd:.2f} with SGD, {risk.untrainable_adam:.2f} with Adam"
             + (f"; {risk.cause}" if risk.cause else ""),
             "shorten the way from the input to the loss (skips, normalizations, fewer layers), or give real inputs with --data",
-            severity="error" if least >= _CERTAIN else "warning",
+            severity="error" if least >= self.limit(evidence, "error") else "warning",
             measured=least,
             expected=0.0,
         )

@@ -9,7 +9,7 @@ from typing import Any
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
 from initaudit.rules.remedy import init_line, reset_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.structure import is_mask
 from initaudit.rules.support import fields, names
 
@@ -39,6 +39,7 @@ class HalfOverflow(Rule):
     severity = "error"
     phase = "any"
     summary = "a weight or a probed activation exceeds the range of float16 (or of the dtype asked for)"
+    thresholds = (Threshold("absurd", _ABSURD, "largest weight", "no draw and no training gives such weights"),)
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for weights, one for activations."""
@@ -81,9 +82,13 @@ class HalfOverflow(Rule):
         yield self.finding(
             f"values reach {peak:.3g}, float16 ends at 65504"
             + (f"; the same in {names([n for n in large if n != name])}" if len(large) > 1 else "")
-            + (": no draw and no training gives such weights" if peak > _ABSURD else ": cast to float16 they become infinite"),
+            + (
+                ": no draw and no training gives such weights"
+                if peak > self.limit(evidence, "absurd")
+                else ": cast to float16 they become infinite"
+            ),
             reset_line(evidence, name),
-            severity="error" if half or peak > _ABSURD else "warning",
+            severity="error" if half or peak > self.limit(evidence, "absurd") else "warning",
             measured=peak,
             expected=HALF,
             related=tuple(n for n in large if n != name),

@@ -7,7 +7,7 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, trained
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import names, to_output
 
 # Trained layers that make a checkpoint a trained one, and the share that may be fresh before the checkpoint is a new model.
@@ -37,6 +37,7 @@ class UntrainedLayer(Rule):
     severity = "error"
     phase = "trained"
     summary = "a layer of a trained checkpoint still has the distribution of a fresh initialization"
+    thresholds = (Threshold("fresh", _FRESH, "of the layers", "with more fresh layers it is a new model"),)
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all layers of this kind."""
@@ -46,7 +47,7 @@ class UntrainedLayer(Rule):
         judged = {x.tensor: x for x in evidence.layers if x.recognition is not None and x.pair.role != "embedding"}
         fresh = [x for x in judged.values() if _is_draw(x) and not _stopped(x)]
         trained = [x for x in judged.values() if x.recognition is not None and x.recognition.verdict == "trained"]
-        if not fresh or len(trained) < _TRAINED or len(fresh) > _FRESH * (len(fresh) + len(trained)):
+        if not fresh or len(trained) < _TRAINED or len(fresh) > self.limit(evidence, "fresh") * (len(fresh) + len(trained)):
             return
         head = all(to_output(x) for x in fresh)
         first = fresh[0]

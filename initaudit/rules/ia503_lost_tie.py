@@ -12,7 +12,7 @@ from initaudit.measure.blocks import blocks, forget
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example
 from initaudit.rules.remedy import expression_of, parameter
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.structure import is_tie
 from initaudit.rules.support import fields, to_output
 
@@ -43,6 +43,9 @@ class LostTie(Rule):
     severity = "warning"
     phase = "any"
     summary = "weights that should be tied differ"
+    thresholds = (
+        Threshold("shared", _SHARED, "of the rows", "tables drawn apart share no row; half survive a resized vocabulary"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each tie."""
@@ -89,7 +92,7 @@ class LostTie(Rule):
                 continue
             a, b = table.read(), head.read()
             same = float(np.mean((a == b).all(axis=1) & a.astype(bool).any(axis=1)))
-            if same > _SHARED:
+            if same > self.limit(evidence, "shared"):
                 yield self.finding(
                     f"{100 * same:.0f} % of the rows of {head.tensor} and of {table.tensor} are equal, but the two are "
                     "separate parameters: copied where they were to be shared, they drift apart with the first step",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from initaudit.measure.gradient_history import History
 from initaudit.rules.evidence import Evidence
-from initaudit.rules.rule import Finding, Rule
+from initaudit.rules.rule import Finding, Rule, Threshold
 from initaudit.rules.support import names, power
 
 # As for the gradients of the probe: healthy networks keep 1e-3 of the squared norm down to the first layer, and the gradient
@@ -39,6 +39,14 @@ class GradientHistory(Rule):
     severity = "warning"
     phase = "trained"
     summary = "the optimizer state in the checkpoint (Adam's second moments) shows vanishing or exploding gradients"
+    thresholds = (
+        Threshold(
+            "apart",
+            _APART,
+            "times between first and last layers",
+            "healthy gradients grow 100-fold at most; averages over training are rougher",
+        ),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding of each kind."""
@@ -61,15 +69,15 @@ class GradientHistory(Rule):
                 silent,
                 measured=float(len(silent)),
             )
-        yield from self._depth([h for h in sound if len(h.shape) > 1 and h not in silent])
+        yield from self._depth([h for h in sound if len(h.shape) > 1 and h not in silent], self.limit(evidence, "apart"))
 
-    def _depth(self, matrices: list[History]) -> Iterator[Finding]:
+    def _depth(self, matrices: list[History], apart: float) -> Iterator[Finding]:
         if len(matrices) < _LEAST:
             return
         third = len(matrices) // 3
         first, last = _median(matrices[:third]), _median(matrices[-third:])
         ratio = first / last
-        if not 1 / _APART < ratio < _APART:
+        if not 1 / apart < ratio < apart:
             word = "vanish" if ratio < 1 else "explode"
             yield self._finding(
                 f"gradients {word} towards the first layers: there their squared norm is {power(ratio)} of that in the last "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, trained
 from initaudit.rules.remedy import expression_of
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import SIGMAS, error_of, fields, to_output
 
 # A linear head of LeCun's variance gives logits of the features' own size. Ten times that in power starts the loss at several
@@ -36,6 +36,9 @@ class NewLayerOutOfScale(Rule):
     severity = "warning"
     phase = "any"
     summary = "a newly initialised layer on pretrained features sends logits or gradients out of scale with them"
+    thresholds = (
+        Threshold("times", _TIMES, "times the variance that keeps the size", "an order of magnitude, sampling error aside"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each such layer."""
@@ -52,7 +55,7 @@ class NewLayerOutOfScale(Rule):
             meant = 1 / (layer.pair.fan_in * (power if power else 1.0))
             ratio = layer.moments.variance / meant
             error = error_of(layer)
-            if ratio * (1 - SIGMAS * min(error, 0.15)) > _TIMES:
+            if ratio * (1 - SIGMAS * min(error, 0.15)) > self.limit(evidence, "times"):
                 yield self.finding(
                     f"this layer is freshly drawn on trained features, with variance {layer.moments.variance:.3g}, "
                     f"{ratio:.3g} times the "

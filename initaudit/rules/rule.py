@@ -45,6 +45,19 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """A number that decides whether a rule fires, or how loudly: `thresholds.CODE.name` in the configuration changes it.
+
+    `source` says why the default is what it is.
+    """
+
+    name: str
+    default: float
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Example:
     """A model that a rule must report or leave alone; `build` returns the module and its inputs, drawn from a fixed seed."""
 
@@ -60,10 +73,17 @@ class Rule:
     severity: ClassVar[Severity]  # the highest it uses
     phase: ClassVar[Phase]
     summary: ClassVar[str]  # fires when ...
+    thresholds: ClassVar[tuple[Threshold, ...]] = ()
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """Yields the findings; reads `evidence` only."""
         raise NotImplementedError
+
+    @classmethod
+    def limit(cls, evidence: Evidence, name: str) -> float:
+        """The threshold of this name that is in force; raises KeyError for one that the rule does not declare."""
+        default = {threshold.name: threshold.default for threshold in cls.thresholds}[name]
+        return evidence.config.thresholds.get(f"{cls.code}.{name}", default)
 
     @classmethod
     def valid(cls) -> tuple[Example, ...]:

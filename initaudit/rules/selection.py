@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Iterable
 
 from initaudit.config import Config
+from initaudit.errors import UsageError
 from initaudit.rules import all_rules, check_codes
 from initaudit.rules.rule import SEVERITIES, Finding, Rule
+from initaudit.suggest import did_you_mean
 
 
 def enabled(config: Config) -> tuple[Rule, ...]:
@@ -36,6 +38,22 @@ def check_config(config: Config) -> None:
         check_codes(getattr(config, name), option if "command line" in config.origin.get(name, "") else name.replace("_", "-"))
     for entry in config.per_tensor_ignores:
         check_codes(entry.codes, f"per-tensor-ignores {entry.tensors!r}")
+    _check_thresholds(config)
     if config.severity:
         names = {rule.name for rule in all_rules()}
         check_codes((code for code in config.severity if code not in names), "severity")
+
+
+def _check_thresholds(config: Config) -> None:
+    """Raises `UsageError` for a threshold that no rule declares, here or for one of the models."""
+    given = dict.fromkeys(config.thresholds, "thresholds")
+    for model, named in config.models.items():
+        given |= dict.fromkeys(named.values.get("thresholds", {}), f"models.{model}.thresholds")
+    if not given:
+        return
+    known = [f"{rule.code}.{threshold.name}" for rule in all_rules() for threshold in type(rule).thresholds]
+    for name, where in given.items():
+        if name not in known:
+            own = [each for each in known if each.startswith(f"{name.partition('.')[0]}.")]
+            advice = did_you_mean(name, known) or (f"one of {', '.join(own)}" if own else "`initaudit explain CODE` lists them")
+            raise UsageError(f"{where}.{name}", "no rule has such a threshold", advice=advice)
