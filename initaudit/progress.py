@@ -47,11 +47,22 @@ class Progress:
         drawn = False
         wait = PATIENCE
         while not self._over.wait(wait):
-            wait, drawn = REFRESH, True
+            wait = REFRESH
+            if not self._label:
+                continue
+            drawn = True
             seconds = time.monotonic() - began
             room = shutil.get_terminal_size().columns - 10
-            sys.stderr.write(f"\r{shorten(escape(self._label), room)}  {seconds:.0f} s\x1b[K")
+            sys.stderr.write(f"\r{fitted(escape(self._label), room)}  {seconds:.0f} s\x1b[K")
             sys.stderr.flush()
         if drawn:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+
+def fitted(label: str, room: int) -> str:
+    """The label in so many columns: the model's own name, which stands first, gives way before what is being done to it."""
+    model, colon, doing = label.partition(": ")
+    if colon and len(label) > room:
+        label = shorten(model, max(12, room - len(doing) - 2)) + colon + doing
+    return shorten(label, room)

@@ -12,7 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "initaudit"
 ORDER = (
-    *("errors", "suggest", "location", "randomness", "config", "roles", "load", "onnx_ops", "graph", "measure", "pair"),
+    *("errors", "suggest", "location", "meter", "randomness", "config", "roles", "load"),
+    *("onnx_ops", "graph", "measure", "pair"),
     *("expect", "probe", "rules", "report", "auditing", "repair", "baseline", "cache", "session", "progress", "options"),
     *("testing", "integrations", "pytest_plugin", "terminal", "cli", "__main__"),
 )

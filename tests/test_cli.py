@@ -22,6 +22,7 @@ from initaudit.config import Config
 from initaudit.report.report import ModelReport
 from initaudit.rules import Rule, rule_of
 
+ROOT = Path(__file__).parent.parent
 SEEN: list[tuple[str, Config]] = []
 
 
@@ -483,6 +484,79 @@ def test_progress_waits_a_second_and_wipes_itself(capsys, monkeypatch):
     with progress.Progress(shown=True) as show:
         show("quick")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("unit", "amount", "said"), [("MB", 3_000_000, "3 of 6 MB"), ("edges", 3, "3 of 6 edges")])
+def test_a_meter_names_the_place_and_the_rate(monkeypatch, unit, amount, said):
+    from initaudit import meter
+
+    clock = iter((10.0, 12.0))
+    monkeypatch.setattr(meter.time, "monotonic", lambda: next(clock))
+    heard = []
+    meter.Meter(heard.append, "measuring", unit, 2 * amount)("fc1.weight", amount)
+    assert heard == [f"measuring fc1.weight, {said}, 2 {unit}/s"]
+
+
+# The command as it is, which says what it does after hundredths of a second instead of a whole one.
+IMPATIENT = """
+import sys
+from initaudit import cli, progress
+progress.PATIENCE = progress.REFRESH = 0.01
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+def on_a_terminal(*arguments, columns=100, **environment):
+    """What the command writes to a terminal of its own, stdout and stderr together, as it comes."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT, *arguments],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT,
+        env={**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    os.close(theirs)
+    written = b""
+    try:
+        while part := os.read(ours, 4096):
+            written += part
+    except OSError:  # Linux ends a terminal whose other side has gone with EIO
+        pass
+    os.close(ours)
+    return process.wait(timeout=60), written.decode()
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_sees_what_is_being_done_and_how_fast(columns, tmp_path):
+    """The line names the place and a rate, stays within the width, and is wiped."""
+    import torch
+    from safetensors.torch import save_file
+
+    file = tmp_path / "net.safetensors"
+    torch.manual_seed(0)
+    save_file({f"blocks.{i}.fc.weight": torch.randn(512, 512) for i in range(24)}, file)
+    status, text = on_a_terminal(str(file), "--no-cache", columns=columns)
+    assert status == 0, text
+    lines = [re.sub(r"\x1b\[K", "", line) for line in re.findall(r"\r([^\r\n]*\d s\x1b\[K)", text)]
+    assert any(re.search(r"safetensors: judging by IA\d+, \d+ of \d+ rules, [\d,]+ rules/s", line) for line in lines), text
+    assert any(re.search(r"measuring blocks\.\d+\.fc\.weight, \d+ of 25 MB, [\d,]+ MB/s", line) for line in lines), text
+    assert max(map(len, lines)) < columns
+    assert "\r\x1b[K" in text
+    plain = re.sub(r"\x1b\[[0-9;]*[mK]", "", text.rpartition("\r\x1b[K")[2])
+    assert max(map(len, plain.split("\r\n"))) <= columns
+
+
+def test_without_a_terminal_nothing_is_said_on_stderr():
+    done = subprocess.run(
+        [sys.executable, "-m", "initaudit", "fixtures/good/he_mlp.onnx"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_rule_files_are_refused_when_something_is_missing():

@@ -11,6 +11,7 @@ import torch
 from initaudit.config import Config
 from initaudit.errors import InitauditError
 from initaudit.graph.graph import Graph
+from initaudit.meter import Say, silent
 from initaudit.onnx_ops.budget import Budget, metered
 from initaudit.probe.propagation import Prediction, propagate
 from initaudit.probe.rehearse import Rehearsal, rehearse
@@ -37,7 +38,14 @@ class Probed:
 
 
 def probed(
-    graph: Graph, inputs: Sequence[torch.Tensor], config: Config, budget: Budget, *, device: str | None, synthetic: bool
+    graph: Graph,
+    inputs: Sequence[torch.Tensor],
+    config: Config,
+    budget: Budget,
+    *,
+    device: str | None,
+    synthetic: bool,
+    say: Say = silent,
 ) -> Probed:
     """Probes `graph` on `inputs`, with `config.probe_seeds` seeds and a rehearsal where they are asked for.
 
@@ -45,17 +53,18 @@ def probed(
     """
     try:
         with metered(budget):
-            trace = probe(graph, inputs, seed=config.seed, device=device)
+            trace = probe(graph, inputs, seed=config.seed, device=device, say=say)
             if trace.unknown and not trace.parameters:
                 why = "no output could be computed: " + next(iter(trace.unknown.values()))
                 return Probed(trace, None, why, predicted(graph, budget))
             if config.rehearse:
+                say(f"rehearsing {config.rehearse} steps")
                 rehearsal = rehearse(graph, inputs, config.rehearse, seed=config.seed, device=device, loss=config.loss)
                 trace = replace(trace, rehearsal=rehearsal)
             risks = [judge(graph, trace)]
             for seed in range(config.seed + 1, config.seed + config.probe_seeds):
                 batch = _redrawn(inputs, seed) if synthetic else inputs
-                risks.append(judge(graph, probe(graph, batch, seed=seed, device=device)))
+                risks.append(judge(graph, probe(graph, batch, seed=seed, device=device, say=say)))
     except _FAILURES as error:
         return skipped(graph, "the probe stopped: " + " ".join(str(error).split())[:200], budget)
     return Probed(trace, risks[0], "", None, dict(_spread(risks)))

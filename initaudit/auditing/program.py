@@ -92,7 +92,9 @@ class Program:
             return skipped(self.graph, why, self.budget)
         self.progress("probing")
         device = _device(self.config.device)
-        return probed(self.graph, self.inputs, self.config, self.budget, device=device, synthetic=self.synthetic)
+        return probed(
+            self.graph, self.inputs, self.config, self.budget, device=device, synthetic=self.synthetic, say=self.progress
+        )
 
 
 def budget_of(checkpoint: Checkpoint) -> Budget:

@@ -13,6 +13,7 @@ from initaudit.config import Config
 from initaudit.errors import InitauditError, UnreadableModel, UsageError
 from initaudit.load import from_module, is_module_spec, load, load_proto
 from initaudit.load.checkpoint import Checkpoint
+from initaudit.meter import silent
 from initaudit.report.report import Layer, ModelReport, Verdict
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.rule import Finding
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from initaudit.auditing.program import Program
 
 Progress = Callable[[str], None]
-
-
-def _silent(_: str) -> None:
-    """Nobody is waiting at a terminal."""
 
 
 class Audit:
@@ -112,7 +109,7 @@ def _in_force(report: ModelReport, config: Config) -> ModelReport:
 
 def run_one(source: str, config: Config, progress: Progress | None = None) -> ModelReport:
     """The report on one source of the command line; a model that cannot be read or run has its `error` set, never raised."""
-    say = progress if progress is not None else _silent
+    say = progress if progress is not None else silent
     try:
         say(f"{source}: reading")
         report = report_on(opened(source, config), config, progress=lambda label: say(f"{source}: {label}"))
@@ -133,16 +130,15 @@ def opened(source: str, config: Config) -> Checkpoint:
         return load(source)
 
 
-def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = _silent) -> ModelReport:
+def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = silent) -> ModelReport:
     """The report on a checkpoint that has been opened."""
     from initaudit.rules.roots import findings_of
 
     evidence = evidence_on(checkpoint, config, inputs=inputs, progress=progress)
-    progress("judging")
-    return model_report(evidence, findings_of(evidence))
+    return model_report(evidence, findings_of(evidence, progress))
 
 
-def evidence_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = _silent) -> Evidence:
+def evidence_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = silent) -> Evidence:
     """Everything that the rules look at: in the architecture that is asked for, and against the base where one is given."""
     if config.arch is not None or "config" in checkpoint.metadata:
         from initaudit.auditing.architecture import in_architecture
@@ -168,7 +164,7 @@ def evidence_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, p
     return evidence
 
 
-def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = _silent) -> Evidence:
+def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progress: Progress = silent) -> Evidence:
     """Runs the stages in order: measure, graph, pair, expect, probe. Nothing is judged here."""
     program: Program | None = None
     if checkpoint.program is not None and checkpoint.format in ("exported_program", "torchscript") and config.arch is None:

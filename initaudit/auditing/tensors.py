@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from initaudit.errors import InitauditError
-from initaudit.load.checkpoint import Array, Checkpoint, Problem
+from initaudit.load.checkpoint import Array, Checkpoint, Problem, numpy_dtype
 from initaudit.measure.moments import Moments, measure
+from initaudit.meter import Meter
 from initaudit.rules.evidence import LayerEvidence
 
 _Item = TypeVar("_Item")
@@ -45,9 +46,10 @@ def measure_all(arrays: Mapping[str, Array], progress: Callable[[str], None], jo
         if _measured(array):
             names.setdefault((array.storage, array.shape) if array.storage else name, []).append(name)
     groups = list(names.values())
+    meter = Meter(progress, "measuring", "MB", sum(_bytes(arrays[group[0]]) for group in groups))
     found = Tensors()
     for group, result in zip(groups, side_by_side(lambda group: _moments(arrays[group[0]]), groups, jobs), strict=True):
-        progress(f"measuring {group[0]}")
+        meter(group[0], _bytes(arrays[group[0]]))
         if isinstance(result, Moments):
             found.moments.update(dict.fromkeys(group, result))
         else:
@@ -76,14 +78,19 @@ def survey_all(checkpoint: Checkpoint, progress: Callable[[str], None], jobs: in
 
     found = Tensors()
     names = [name for name, array in arrays.items() if _measured(array)]
+    meter = Meter(progress, "measuring", "MB", sum(_bytes(arrays[name]) for name in names))
     for name, (moments, layer) in zip(names, side_by_side(look, names, jobs), strict=True):
-        progress(f"measuring {name}")
+        meter(name, _bytes(arrays[name]))
         if isinstance(moments, Moments):
             found.moments[name] = moments
         else:
             found.problems.append(Problem("IA001", name, str(moments)))
         found.layers += [layer] if layer is not None else []
     return found
+
+
+def _bytes(array: Array) -> int:
+    return array.size * numpy_dtype(array.dtype).itemsize
 
 
 def _measured(array: Array) -> bool:

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.spans import reason, show
+from initaudit.meter import Meter
 
 TIMEOUT = 30.0  # seconds without a byte
 BLOCK = 1 << 20
@@ -121,13 +122,14 @@ def _get(source: str, target: Path, progress: Progress, *, optional: bool = Fals
 def _copy(stream: IO[bytes] | Any, target: Path, source: str, size: int | None, progress: Progress) -> None:
     room = shutil.disk_usage(target.parent).free - SPARE
     done = 0
+    meter = Meter(progress, "fetching", "MB", size or 0)
     with open(target, "wb") as file:
         while block := stream.read(BLOCK):
             done += len(block)
             if max(done, size if size is not None else 0) > room:
                 raise UnreadableModel(show(source, 200), f"more than the {room / 1e9:.1f} GB that the disk has room for")
             file.write(block)
-            progress(f"fetching {done / 1e6:,.0f}" + (f" of {size / 1e6:,.0f} MB" if size else " MB"))
+            meter("", len(block))
     if size is not None and done < size:
         raise UnreadableModel(show(source, 200), f"the connection ended after {done:,} of {size:,} bytes")
 

@@ -12,11 +12,12 @@ from torch import Tensor, fx
 
 from initaudit.graph.calls import Use, arguments
 from initaudit.graph.constness import completed, constant_nodes
-from initaudit.graph.graph import Graph
+from initaudit.graph.graph import Graph, location_of
+from initaudit.meter import Meter, Say, silent
 from initaudit.probe.gradients import GradientSketch
 from initaudit.probe.measures import measures
 from initaudit.probe.observe import SignalObserver
-from initaudit.probe.passes import Pass, backward, batch_of, cotangents
+from initaudit.probe.passes import Observer, Pass, backward, batch_of, cotangents
 from initaudit.probe.recurrence import TimeObserver
 from initaudit.probe.response import respond
 from initaudit.probe.statistics import peak, power
@@ -27,12 +28,15 @@ from initaudit.probe.virtual import revived
 Sites = Mapping[tuple[fx.Node, fx.Node], Tensor]
 
 
-def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torch.device | str | None = None) -> Trace:
+def probe(
+    graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torch.device | str | None = None, say: Say = silent
+) -> Trace:
     """Runs `graph` forward and backward on `inputs` and records what it sees.
 
     Everything is computed in float32, whatever the dtype of the weights. The random state, the weights and the buffers of the
     caller are left as they were; the result is the same for the same seed. Nodes that cannot be run are named in
-    `Trace.unknown`, nodes whose value is not finite in `Trace.first_non_finite`; neither raises.
+    `Trace.unknown`, nodes whose value is not finite in `Trace.first_non_finite`; neither raises. `say` is told
+    where the passes are.
     """
     place = None if device is None else torch.device(device)
     with undisturbed(seed):
@@ -40,13 +44,14 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
         observer = SignalObserver(graph.fx, constant)
         sketch = GradientSketch(seed)
         along = TimeObserver(seed)
-        run = Pass(graph, constant, device=place, observers=(observer, sketch, along))
+        run = Pass(graph, constant, device=place, observers=(_Told(observer, say, len(graph.fx.nodes)), sketch, along))
         given = floated(inputs, place)
         run.run(*given)
         ends, batch = run.ends(), batch_of(given)
         drawn = cotangents(ends, batch, torch.Generator().manual_seed(seed))
         sites = backward(run, ends, drawn, keep=True)
         observer.close()
+        say("probing: gradients of single examples")
         gram = sketch.measure(run, ends, batch, seed)
         norm_of, gradients = _Norms(), run.parameter_gradients(sites)
         parameters = _parameters(graph, run, gradients, norm_of)
@@ -58,6 +63,7 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
             after = revived(graph, constant, given, gradients, silent, seed, place)
             parameters = {n: _with_revival(p, n, after) for n, p in parameters.items()}
         weights = tuple(_weight_records(run, sites, observer, norm_of))
+        say("probing: virtual steps")
         response = respond(graph, constant, given, run, seed, place) if finite else ()
         return Trace(
             batch=batch,
@@ -74,6 +80,29 @@ def probe(graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torc
             measures=measures(graph, observer.signals, weights, run.outputs),
             response=response,
         )
+
+
+class _Told(Observer):
+    """An observer that also says at which edge the passes are."""
+
+    def __init__(self, inner: Observer, say: Say, edges: int) -> None:
+        self.inner = inner
+        self.forward = Meter(say, "probing: forward at", "edges", edges)
+        self.say, self.edges = say, edges
+        self.backward: Meter | None = None
+
+    def signal(self, run: Pass, node: fx.Node, value: Tensor) -> None:
+        self.forward(location_of(node).site or node.name)
+        self.inner.signal(run, node, value)
+
+    def wants_gradient(self, run: Pass, node: fx.Node) -> bool:
+        return self.inner.wants_gradient(run, node)
+
+    def gradient(self, run: Pass, node: fx.Node, gradient: Tensor) -> None:
+        if self.backward is None:  # its clock starts with the way back
+            self.backward = Meter(self.say, "probing: backward at", "edges", self.edges)
+        self.backward(location_of(node).site or node.name)
+        self.inner.gradient(run, node, gradient)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ NAME = "text"
 SUMMARY = "table of weights, signal by depth, findings (the default)"
 VERDICT_COLOUR = {"pass": "ok", "warn": "warning", "fail": "error"}
 RELATED_SHOWN = 4
+HEADS = ("std", "xavier", "he", "lecun", "exact")
 
 
 def render(report: Report, style: Style) -> str:
@@ -64,7 +65,7 @@ def table(model: ModelReport, style: Style) -> list[str]:
     operator = style.width >= 90
     room = _widths([row for row in chosen if isinstance(row, Row)], style.width, operator)
     cells = [_cells(row, room, operator, style) for row in chosen]
-    heads = ["", "weight", *(["operator"] if operator else []), "shape", "feeds", "std", "xavier", "he", "lecun", "exact"]
+    heads = ["", "weight", *(["operator"] if operator else []), "shape", "feeds", *HEADS]
     left = 5 if operator else 4
     # The heads are a row like the others: as headers tabulate would pad each of them by two blanks.
     align = ["left"] * left + ["right"] * (len(heads) - left)
@@ -91,8 +92,10 @@ def _widths(shown: Sequence[Row], width: int, operator: bool) -> list[int]:
     heads = [6, *([8] if operator else []), 5, 5]
     wanted = [max([head, *map(len, column)]) for head, column in zip(heads, columns, strict=True)]
     least = [16, *([8] if operator else []), 9, 7]
-    # A mark, std and four ratios of up to seven characters, and two blanks between all of them.
-    left = width - 1 - 5 * 7 - 2 * (len(wanted) + 5)
+    # A mark, std and four ratios, and two blanks between all of them.
+    numbers = [[number(value) for value in (r.std, *r.ratio)] for r in shown]
+    figures = [max([len(head), *(len(row[i]) for row in numbers)]) for i, head in enumerate(HEADS)]
+    left = width - 1 - sum(figures) - 2 * (len(wanted) + len(figures))
     while sum(wanted) > left:
         spare = [w - minimum for w, minimum in zip(wanted, least, strict=True)]
         if max(spare) <= 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from initaudit.meter import Meter, Say, silent
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.rule import SEVERITIES, Finding
 
@@ -55,11 +56,16 @@ CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 
-def findings_of(evidence: Evidence) -> list[Finding]:
+def findings_of(evidence: Evidence, say: Say = silent) -> list[Finding]:
     """The findings of all rules that the configuration asks for, each at its root, the worst first."""
     from initaudit.rules import all_rules
 
-    raw = [f for rule in all_rules() if evidence.config.wants(rule.code) for f in rule.check(evidence)]
+    wanted = [rule for rule in all_rules() if evidence.config.wants(rule.code)]
+    meter = Meter(say, "judging by", "rules", len(wanted))
+    raw: list[Finding] = []
+    for rule in wanted:
+        meter(rule.code)
+        raw += rule.check(evidence)
     return fold(raw)
 
 
