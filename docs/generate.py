@@ -6,9 +6,11 @@ python docs/generate.py --check    say which are out of date, and exit 1 if any 
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -18,7 +20,7 @@ from initaudit.cli import HELP, cli
 from initaudit.report import formats
 from initaudit.report.pages import docstring
 from initaudit.rules import all_rules
-from initaudit.rules.rule import Rule
+from initaudit.rules.rule import Example, Rule
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Made by docs/generate.py: change the code, not this page. -->\n"
@@ -49,16 +51,38 @@ def rule_page(rule: Rule) -> str:
     """The page of a rule: its docstring, and the models by which it is tested."""
     facts = f"Severity: up to **{rule.severity}**. Judges: {PHASES[rule.phase]}."
     parts = [f"# {rule.code} {rule.name}", NOTE, facts, f"Fires when {rule.summary.rstrip('.')}.", docstring(rule)]
-    for title, examples in (("Reported", type(rule).invalid()), ("Left alone", type(rule).valid())):
-        if examples:
-            parts.append(f"## {title}\n\n" + "\n".join(f"- {example.name}" for example in examples))
+    for title, kind in (("Reported", type(rule).invalid), ("Left alone", type(rule).valid)):
+        if examples := kind():
+            parts.append(f"## {title}")
+            codes = builders(kind)
+            parts += [f"{example.name}:\n\n```python\n{codes[example.name]}\n```" for example in examples]
     if thresholds := type(rule).thresholds:
         rows = [f"| `{rule.code}.{t.name}` | {t.default:g} | {t.unit} | {t.source} |" for t in thresholds]
         head = "## Thresholds\n\n[`thresholds`](../configuration.md#thresholds) of the configuration changes them."
         parts.append("\n".join([head, "", "| name | default | unit | why |", "|---|---|---|---|", *rows]))
-    parts.append(f"The models meant are built, and tested, in `{type(rule).__module__.replace('.', '/')}.py`.")
+    parts.append(
+        f"These models are built, and the rule is tested on them, in `{type(rule).__module__.replace('.', '/')}.py`; "
+        "`mlp`, `convs`, `residual` and `trained` stand in `initaudit/rules/examples.py`."
+    )
     parts.append(f"Silence it: `--ignore {rule.code}`, or [for some tensors only](../configuration.md#per-tensor-ignores).")
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def builders(kind: Callable[[], tuple[Example, ...]]) -> dict[str, str]:
+    """What builds each example of a rule, as its source writes it."""
+    source = textwrap.dedent(inspect.getsource(kind))
+    home = sys.modules[kind.__module__]
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and len(node.args) > 1]
+    found = {}
+    for call in calls:
+        if isinstance(call.func, ast.Name) and call.func.id == "example" and isinstance(call.args[0], ast.Constant):
+            build = call.args[1].body if isinstance(call.args[1], ast.Lambda) else call.args[1]
+            text = textwrap.dedent(ast.get_source_segment(source, build, padded=True) or "").strip()
+            # What a rule file builds by a function of its own is shown whole.
+            own = [vars(home)[node.id] for node in ast.walk(build) if isinstance(node, ast.Name) and node.id.startswith("_")]
+            shown = [inspect.getsource(thing).strip() for thing in dict.fromkeys(own) if inspect.isfunction(thing)]
+            found[call.args[0].value] = "\n\n\n".join([*shown, *([] if isinstance(build, ast.Name) else [text])])
+    return found
 
 
 def index_page() -> str:

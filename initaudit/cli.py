@@ -167,10 +167,11 @@ def config(ctx: click.Context, /, **_: Any) -> None:
 @cli.command()
 @click.argument("first")
 @click.argument("second")
-@click.option("--format", "form", type=click.Choice(("text", "json")), default="text")
+@click.option("--format", "form", type=click.Choice(("text", "json")), default="text", help="json is complete.")
+@click.option("--verbose", "-v", is_flag=True, help="Every finding and every name.")
 @config_options
 @click.pass_context
-def compare(ctx: click.Context, /, first: str, second: str, form: str, **_: Any) -> None:
+def compare(ctx: click.Context, /, first: str, second: str, form: str, verbose: bool, **_: Any) -> None:
     """Show what differs between two models. Status 1 where SECOND has findings at the failing level that FIRST has not."""
     import dataclasses
 
@@ -183,7 +184,7 @@ def compare(ctx: click.Context, /, first: str, second: str, form: str, **_: Any)
     if any(model.error is not None for model in models):
         ctx.exit(UNUSABLE)
     result = compare_models(*models)
-    style = terminal_style()
+    style = dataclasses.replace(terminal_style(), verbose=verbose)
     emit(dump(comparison_dict(result), indent=2) if form == "json" else style.finish(comparison_text(result, style)))
     ctx.exit(FINDINGS if any(f.severity in found.failing for f in result.appeared) else 0)
 

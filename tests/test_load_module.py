@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,8 @@ def test_builds_what_is_named(folder: Path, spec: str, width: int) -> None:
         ("usermodels:leave", "building it raised SystemExit: 3 .*usermodels.py:28"),
         ("usermodels:Broken", r"building it raised TypeError: .*usermodels.py:20\)"),
         ("usermodels:two_lines", "ValueError: first .*usermodels.py:32"),
-        ("user_models:Net", "no module named user_models; run it from the folder"),
+        ("user_models:Net", "no module named user_models; did you mean usermodels?"),
+        ("nowhere_near:Net", "no module named nowhere_near; run it from the folder"),
         ("usermodels.sub:Net", "no module named usermodels.sub"),
         ("syntax_broken:Net", r"SyntaxError: .*syntax_broken.py:1"),
         ("needs_missing:Net", r"needs no_such_library_anywhere, which is not installed \(needs_missing.py:1\)"),
@@ -188,3 +190,33 @@ def test_reading_files_imports_no_torch(tmp_path: Path) -> None:
     run = [sys.executable, "-c", program]
     assert subprocess.run([*run, str(tmp_path / "x.pt")], check=False).returncode == 0
     assert subprocess.run([*run, "torch.nn:Identity"], check=False).returncode == 1
+
+
+CODE = "import torch\nclass Net(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(4, 4)\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("hint_nets.py", "hint_nets:Net"),
+        ("hint_nets.py:Net", "write hint_nets:Net"),
+        ("hint_pack/models.py:Net", "write hint_pack.models:Net"),
+        ("hint_pack/models.py", "hint_pack.models:Net"),
+        ("hint-odd/net.py:Net", "write net:Net in the folder hint-odd"),
+        ("hint_nest:Net", "did you mean hint_nets?"),
+        ("hint_pack.modls:Net", "did you mean hint_pack.models?"),
+        ("hint_nets:Nat", "did you mean Net?"),
+        ("hint_net.py:Net", "did you mean hint_nets.py?"),
+        ("far.away.package:Net", "run it from the folder that holds far, or install that package"),
+    ],
+)
+def test_a_mistyped_module_gets_a_hint(tmp_path, monkeypatch, source, hint):
+    """One clear line: what to write, or what is nearest."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for file in ("hint_nets.py", "hint_pack/models.py", "hint_pack/__init__.py", "hint-odd/net.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(CODE)
+    with pytest.raises(UnreadableModel, match=re.escape(hint)) as caught:
+        load(source)
+    assert "\n" not in str(caught.value)

@@ -186,6 +186,22 @@ def test_jsonl_holds_what_json_holds():
     assert sum(line["type"] == "model" for line in lines) == 5
 
 
+def test_sarif_follows_the_models_that_are_generated_from_the_official_schema():
+    """pydantic-sarif is made from OASIS's schema file by datamodel-codegen and forbids what the schema does not know."""
+    from pydantic import ValidationError
+    from pydantic_sarif.model import StaticAnalysisResultsFormatSarifVersion210JsonSchema as Sarif
+
+    document = json.loads(text_of("sarif"))
+    Sarif.model_validate(document)
+    for broken in (
+        {**document, "runs": [{**document["runs"][0], "results": [{"ruleId": "IA101"}]}]},
+        {**document, "runs": [{**document["runs"][0], "surplus": 1}]},
+        {**document, "version": "2.0.0"},
+    ):
+        with pytest.raises(ValidationError):
+            Sarif.model_validate(broken)
+
+
 def test_sarif_follows_the_official_schema():
     path = official_sarif_schema()
     if path is None:
@@ -343,3 +359,18 @@ def test_names_are_shortened_in_the_middle():
 def test_escape_leaves_ordinary_names_alone():
     for name in ("layers.0.weight", "aten::linear", "Ж中é", "a/b:0", "x[1]"):
         assert escape(name) == name
+
+
+def test_a_comparison_is_paged_and_complete_where_it_is_asked_for():
+    from initaudit.report.comparison import PAGE, compare_models, comparison_dict, comparison_text
+
+    first, second = deep_model(), dataclasses.replace(deep_model(), layers=(), findings=())
+    result = compare_models(first, second)
+    assert len(result.only_first) > PAGE
+    text = comparison_text(result, Style(width=80))
+    assert f"... and {len(result.only_first) - PAGE} more (--verbose shows all)" in text
+    assert text.count("only in the first") == PAGE
+    assert max(map(len, text.splitlines())) <= 80
+    whole = comparison_text(result, Style(width=80, verbose=True))
+    assert whole.count("only in the first") == len(result.only_first)
+    assert comparison_dict(result)["only_first"] == list(result.only_first)

@@ -40,6 +40,9 @@ def load(source: str | os.PathLike[str]) -> Checkpoint:
         if is_module_spec(text):
             return load_spec(text)
         raise UnreadableModel(show(text, 200), *_missing(text, path))
+    if path.suffix == ".py" and path.is_file():
+        advice = f"name the class or function that builds the model: {_spec(text, 'Net')}"
+        raise UnreadableModel(show(text, 200), "Python code, which is not read as a model", advice=advice)
     try:
         return guarded(path, lambda found: recognise(found).load(found))
     except InitauditError:
@@ -86,12 +89,27 @@ def _head(path: Path) -> bytes:
     return head
 
 
+def _spec(file: str, name: str) -> str:
+    """How something in a Python file is named on the command line, from the folder where its import begins."""
+    path = Path(os.path.relpath(file))
+    outside = any(not part.isidentifier() for part in path.with_suffix("").parts)
+    spec = f"{show(path.stem if outside else '.'.join(path.with_suffix('').parts))}:{show(name)}"
+    return f"{spec} in the folder {show(path.parent, 200)}" if outside else spec
+
+
 def _missing(text: str, path: Path) -> tuple[str, str, str]:
     """What was found, expected and advised for a path that does not exist."""
     if "://" in text:
         return "an address", "a file, a folder or package.module:callable", "download it first"
     if ".py:" in text:
-        return "no such file or folder", "package.module:callable", f"write {show(text.replace('.py:', ':').replace('/', '.'))}"
+        file, _, name = text.rpartition(":")
+        if os.path.isfile(file):
+            return (
+                "a Python file, which is imported by its module's name",
+                "package.module:callable",
+                f"write {_spec(file, name)}",
+            )
+        text, path = file, Path(file)
     try:
         near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
     except OSError:

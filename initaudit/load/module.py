@@ -9,6 +9,7 @@ import difflib
 import importlib
 import inspect
 import os
+import pkgutil
 import re
 import sys
 import sysconfig
@@ -132,11 +133,22 @@ def _import(module_name: str, spec: str) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if missing and (module_name == missing or module_name.startswith(missing + ".")):
-            advice = f"run it from the folder that holds {show(missing.partition('.')[0])}, or install that package"
+            advice = _near_module(missing) or (
+                f"run it from the folder that holds {show(missing.partition('.')[0])}, or install that package"
+            )
             raise UnreadableModel(spec, f"no module named {show(missing)}", advice=advice) from error
         raise UnreadableModel(spec, f"importing it needs {show(missing)}, which is not installed ({_place(error)})") from error
     except (Exception, SystemExit) as error:
         raise UnreadableModel(spec, f"importing it raised {_raised(error)}") from error
+
+
+def _near_module(missing: str) -> str:
+    """A module beside the one that is missing whose name is nearly the same, "" for none; nothing is imported for it."""
+    parent, _, last = missing.rpartition(".")
+    folders = list(getattr(sys.modules.get(parent), "__path__", [])) if parent else [os.getcwd()]
+    beside = {found.name for found in pkgutil.iter_modules(folders)}
+    near = difflib.get_close_matches(last, sorted(beside), n=1, cutoff=0.7)
+    return f"did you mean {show(f'{parent}.' if parent else '')}{show(near[0])}?" if near else ""
 
 
 def _attribute(module: ModuleType, path: str, spec: str) -> Any:

@@ -14,6 +14,7 @@ from initaudit.report.summary import counts, risk
 from initaudit.rules.rule import Finding
 
 SHOWN = 6  # tensors of a kind that are named
+PAGE = 12  # findings, changes and names of one kind that are listed
 NOTABLE = 0.1  # a change of a standard deviation by less than a tenth is not shown
 
 
@@ -82,9 +83,16 @@ def _tensors(model: ModelReport, style: Style) -> Iterator[str]:
     for kind, tensors in model.changes.items():
         yield shorten(f"{len(tensors):>7} {'tensor' if len(tensors) == 1 else 'tensors'} {kind}", style.width)
         if kind not in ("identical", "trained on"):
-            shown = [escape(tensor) for tensor in tensors[:SHOWN]]
-            more = f" and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else ""
+            shown = [escape(tensor) for tensor in (tensors if style.verbose else tensors[:SHOWN])]
+            more = f" and {len(tensors) - len(shown)} more" if len(tensors) > len(shown) else ""
             yield wrap(", ".join(shown) + more, style.width, "          ")
+
+
+def _page(lines: list[str], style: Style) -> list[str]:
+    """As many lines of one kind as a reader looks at, and how many more there are."""
+    if style.verbose or len(lines) <= PAGE:
+        return lines
+    return [*lines[:PAGE], f"  ... and {len(lines) - PAGE} more (--verbose shows all)"]
 
 
 def comparison_text(result: Comparison, style: Style) -> str:
@@ -95,14 +103,18 @@ def comparison_text(result: Comparison, style: Style) -> str:
         lines.append(shorten(f"{label:<7} {shorten(escape(model.source), 40)}  {facts}", style.width))
     lines += list(_tensors(result.second, style))
     for sign, findings in (("+", result.appeared), ("-", result.gone)):
+        found = []
         for finding in findings:
             text = shorten(f"{finding.code} {finding.name}  {escape(finding.tensor)}", style.width - 12)
-            lines.append(f"{sign} {style.paint(f'{finding.severity:<8}', finding.severity)}  {text}")
+            found.append(f"{sign} {style.paint(f'{finding.severity:<8}', finding.severity)}  {text}")
+        lines += _page(found, style)
+    spreads = []
     for tensor, a, b in result.changed:
         ratio = f"{number(a)} → {number(b)}"
-        lines.append(f"  {shorten(escape(tensor), style.width - len(ratio) - 10)}  std {ratio}")
+        spreads.append(f"  {shorten(escape(tensor), style.width - len(ratio) - 10)}  std {ratio}")
+    lines += _page(spreads, style)
     for label, names in (("only in the first", result.only_first), ("only in the second", result.only_second)):
-        lines += [shorten(f"  {label}: {escape(name)}", style.width) for name in names]
+        lines += _page([shorten(f"  {label}: {escape(name)}", style.width) for name in names], style)
     if not (result.appeared or result.gone or result.changed or result.only_first or result.only_second):
         lines.append("no finding came or went, and no weight changed its spread by a tenth")
     return "\n".join(lines)
