@@ -155,10 +155,11 @@ def test_approximations_of_the_tests():
     assert stats.kstest(p, "uniform").pvalue > 1e-3
 
 
-def test_depth_is_used_where_it_is_known():
-    names = {s.name for s in catalogue(site_of((768, 768), LINEAR, depth=12))}
-    assert "normal(0.02/sqrt(2*12))" in names
-    assert "normal(0.02/sqrt(2*24))" not in names
-    assert named(site_of((768, 768), LINEAR, depth=12), "normal(0.02/sqrt(2*12))").variance == pytest.approx(0.02**2 / 24)
+def test_depth_and_place_are_used_where_they_are_known():
+    site = site_of((768, 768), LINEAR, depth=7, block=4)
+    names = {s.name for s in catalogue(site)}
+    new = names - {s.name for s in catalogue(site_of((768, 768), LINEAR))}
+    assert {"normal(0.02/sqrt(2*7))", "normal(0.02/sqrt(2*5))", "pytorch_default(7^-1/2)"} <= new
+    assert named(site, "normal(0.02/sqrt(2*5))").variance == pytest.approx(0.02**2 / 10)
     with pytest.raises(ValueError, match="axes"):
         site_of((3, 4), ("o",))

@@ -65,7 +65,7 @@ class Program:
             pairs: tuple[Pair, ...] = pair(self.graph)
         seen = self._probe()
         layers = layer_evidence(self.graph, pairs, self.checkpoint, tensors, seen.trace)
-        layers = with_recognition(layers, self.checkpoint.arrays)
+        layers = with_recognition(layers, self.checkpoint.arrays, self.graph)
         phase, layers = in_company(layers, self.checkpoint.arrays, tensors, norm_parameters(self.graph), self.config)
         return Evidence(
             checkpoint=self.checkpoint,

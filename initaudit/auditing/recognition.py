@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,12 @@ from initaudit.measure.moments import Moments
 from initaudit.measure.observation import Observation, observe, survey
 from initaudit.pair.records import Pair
 from initaudit.rules.evidence import LayerEvidence, ModelPhase
+from initaudit.rules.structure import sum_behind
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from initaudit.graph.graph import Graph
 
 _COPIED = 4_000_000  # elements
 _FAR = 12.0  # times the median deviation, 8 standard deviations: no draw of this many normal values comes that far
@@ -34,14 +40,38 @@ _SHORT = 65_536  # values of a vector that are looked at one by one
 _UNIFORM = 0.1  # distance of a kurtosis from a uniform law's 1.8
 
 
-def with_recognition(layers: tuple[LayerEvidence, ...], arrays: Mapping[str, Array]) -> tuple[LayerEvidence, ...]:
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """How many residual blocks of two branches each a model has, and from which each matrix that ends a branch returns."""
+
+    depth: int | None = None
+    blocks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def _stack(layers: tuple[LayerEvidence, ...], graph: Graph) -> Stack:
+    nodes: dict[str, fx.Node] = {n.name: n for n in graph.fx.nodes}
+    streams: set[fx.Node] = set()
+    writers: dict[str, int] = {}
+    for layer in layers:
+        end = sum_behind(nodes.get(layer.pair.node), streams) if layer.pair.role == "contraction" else None
+        if end is not None:
+            streams.add(end)
+            writers.setdefault(layer.tensor, len(writers))
+    if not writers:
+        return Stack()
+    branches = 1 if len(writers) % 2 else 2
+    return Stack(len(writers) // branches, {tensor: place // branches for tensor, place in writers.items()})
+
+
+def with_recognition(layers: tuple[LayerEvidence, ...], arrays: Mapping[str, Array], graph: Graph) -> tuple[LayerEvidence, ...]:
     """The layers with the schemes that fit their values; a tensor used in two ways is looked at once."""
+    stack = _stack(layers, graph)
     known: dict[tuple[object, ...], Recognition | None] = {}
     found = []
     for layer in layers:
         key = (layer.pair.tensor, layer.pair.axes, layer.pair.shape, layer.pair.value if not layer.pair.stored else "")
         if key not in known:
-            known[key] = _recognition(layer, arrays)
+            known[key] = _recognition(layer, arrays, stack)
         found.append(dataclasses.replace(layer, recognition=known[key]))
     return tuple(found)
 
@@ -56,7 +86,7 @@ def surveyed(
     values = array.read()
     moments, seen = survey(values, _bits(array))
     layer = layer_of(moments)
-    recognition = _judged(values, seen, layer, arrays) if moments.size else None
+    recognition = _judged(values, seen, layer, arrays, Stack()) if moments.size else None
     return moments, dataclasses.replace(layer, recognition=recognition)
 
 
@@ -66,18 +96,21 @@ def _bits(array: Array | None) -> int:
     return bits if found is not None and (bits := int(found[0])) <= _FEW_BITS else 0
 
 
-def _recognition(layer: LayerEvidence, arrays: Mapping[str, Array]) -> Recognition | None:
+def _recognition(layer: LayerEvidence, arrays: Mapping[str, Array], stack: Stack) -> Recognition | None:
     if layer.moments.size == 0:
         return None
     try:
         values = layer.read()
-        return _judged(values, observe(values, _bits(arrays.get(layer.pair.tensor))), layer, arrays)
+        return _judged(values, observe(values, _bits(arrays.get(layer.pair.tensor))), layer, arrays, stack)
     except InitauditError:
         return None  # its bytes cannot be read: the loader has said so
 
 
-def _judged(values: np.ndarray[Any, Any], seen: Observation, layer: LayerEvidence, arrays: Mapping[str, Array]) -> Recognition:
-    found = recognise(seen, site(layer.pair))
+def _judged(
+    values: np.ndarray[Any, Any], seen: Observation, layer: LayerEvidence, arrays: Mapping[str, Array], stack: Stack
+) -> Recognition:
+    place = dataclasses.replace(site(layer.pair), depth=stack.depth, block=stack.blocks.get(layer.tensor))
+    found = recognise(seen, place)
     if found.verdict == "trained" and not layer.pair.stored:
         found = _as_stored(layer, arrays, found)
     if found.verdict == "trained" and (folded := _without_copies(values)).shape != values.shape:

@@ -32,7 +32,8 @@ class Site:
     one unit and the units that one input feeds. `convention` are the fans that torch.nn.init computes from the shape, which
     differ: it counts a transposed convolution's axes the other way round, ignores groups in fan_out, and takes a table's width
     for fan_in. `packed` matrices are stacked along the units (3 for Q, K and V; the gates of a recurrence), `hidden` is the
-    width of a recurrence, `depth` the number of residual blocks. A bias has the one axis `o` and the fans of its weight.
+    width of a recurrence, `depth` the number of residual blocks of two branches each, and `block` which of them, from 0, this
+    matrix returns from. A bias has the one axis `o` and the fans of its weight.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class Site:
     packed: int = 1
     hidden: int | None = None
     depth: int | None = None
+    block: int | None = None
 
     @property
     def size(self) -> int:
@@ -65,6 +67,7 @@ def site_of(
     packed: int = 1,
     hidden: int | None = None,
     depth: int | None = None,
+    block: int | None = None,
     fans: tuple[int, int] | None = None,
 ) -> Site:
     """The site of a weight of `shape`; `fans` (fan_in, fan_out) where the caller knows better than the axes, as for a bias.
@@ -84,7 +87,7 @@ def site_of(
     if fans is not None:
         ours = torchs = fans
     ours, torchs = (max(1, ours[0]), max(1, ours[1])), (max(1, torchs[0]), max(1, torchs[1]))
-    return Site(shape, axes, *ours, torchs, operator, groups, packed, hidden, depth)
+    return Site(shape, axes, *ours, torchs, operator, groups, packed, hidden, depth, block)
 
 
 def truncated_moments(cut: float) -> tuple[float, float]:

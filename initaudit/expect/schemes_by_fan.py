@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from initaudit.expect.scheme import Maker, Scheme, Site, corrected, normal, uniform
+from initaudit.expect.scheme import Maker, Scheme, Site, corrected, normal, truncated_moments, uniform
 
 # torch.nn.init.calculate_gain, as squares.
 GAINS2 = {"relu": 2.0, "linear": 1.0, "tanh": 25 / 9, "selu": 9 / 16, "leaky_relu(0.2)": 2 / 1.04}
@@ -43,7 +43,7 @@ def xavier(site: Site) -> Iterator[Scheme]:
         # timm's ViT in MoCo's style divides the packed Q, K, V before it computes fans.
         sums["split"] = site.convention[0] + site.convention[1] // site.packed
     for fans, total in sums.items():
-        for activation in ("linear", "relu", "tanh"):
+        for activation in GAINS2:
             std, source = math.sqrt(2 * GAINS2[activation] / total), "Glorot & Bengio 2010, eq. 12 and 16"
             words = ", ".join(w for w in (fans, "" if activation == "linear" else activation) if w)
             brackets = f"({words})" if words else ""
@@ -101,20 +101,33 @@ def by_width(site: Site) -> Iterator[Scheme]:
         # A cut at three standard deviations, as OLMo has it.
         "trunc_normal(1/sqrt(d), 3 std)",
         0.0,
-        0.9733369246625415 / d,
+        truncated_moments(3.0)[0] / d,
         "truncated",
         3 / math.sqrt(d),
         "any",
         "OLMo initialization, mitchell",
     )
-    yield normal("normal(1/fan_in)", 1 / d, "output", "muP: Yang et al. 2022, table 3; LoRA A as N(0, 1/r)")
+    yield normal("normal(1/fan_in)", 1 / d, "output", "muP: Yang et al. 2022, table 3")
+    if "v" not in site.axes:
+        # The matrix that leads down to rank r has r units.
+        yield normal(
+            "normal(1/fan_out)", 1 / site.convention[1], "low rank", "LoRA A: peft lora/layer.py, reset_lora_parameters"
+        )
     if site.depth is not None:
         wang = 2 / (site.depth * math.sqrt(d))
         yield normal(f"normal(2/({site.depth}*sqrt(d)))", wang, "residual", "gpt-neox init_functions, wang_init")
+    if site.block is not None:
+        n, v = site.block + 1, truncated_moments(3.0)[0]
+        yield Scheme(
+            f"trunc_normal(1/sqrt(2*d*{n}), 3 std)",
+            *(0.0, v / (2 * d * n), "truncated", 3 / math.sqrt(2 * d * n)),
+            "residual",
+            "OLMo initialization, mitchell",
+        )
 
 
 def scaled_by_depth(site: Site) -> Iterator[Scheme]:
-    """DeepNorm, T-Fixup and Fixup: Xavier and He times a power of the depth."""
+    """DeepNorm, T-Fixup, Fixup and Mamba: Xavier, He and torch's own law times a power of the depth."""
     if site.depth is None:
         return
     n = site.depth
@@ -130,8 +143,15 @@ def scaled_by_depth(site: Site) -> Iterator[Scheme]:
     )
     for mode in ("fan_in", "fan_out"):
         he = math.sqrt(2 / _modes(site)[mode])
-        # m = 2 layers in a branch.
-        yield normal(f"kaiming_normal({mode}, relu, {n}^-1/2)", he * n**-0.5, "residual", "Fixup: Zhang et al. 2019, section 4")
+        for layers, power in ((2, "1/2"), (3, "1/4")):
+            # L^(-1/(2m - 2)) for m layers in a branch.
+            std = he * n ** (-1 / (2 * layers - 2))
+            yield normal(f"kaiming_normal({mode}, relu, {n}^-{power})", std, "residual", "Fixup: Zhang et al. 2019, section 4")
+    for layers in (n, 2 * n):
+        # One branch in a layer, or two.
+        bound = 1 / math.sqrt(site.convention[0] * layers)
+        source = "Mamba: transformers modeling_mamba, rescale_prenorm_residual"
+        yield uniform(f"pytorch_default({layers}^-1/2)", bound, "residual", source)
 
 
 def siren(site: Site) -> Iterator[Scheme]:

@@ -35,7 +35,8 @@ def fixed_truncated(site: Site) -> Iterator[Scheme]:
 
 def residual(site: Site) -> Iterator[Scheme]:
     """The last matrix of a branch: std/sqrt(2L). GPT-2 (Radford et al. 2019, section 2.3); nanoGPT model.py; Megatron."""
-    for n in DEPTHS if site.depth is None else (site.depth,):
+    # A stack of one branch a layer has half as many layers as its branches seem to say.
+    for n in DEPTHS if site.depth is None else dict.fromkeys((site.depth, 2 * site.depth, *DEPTHS)):
         std = 0.02 / math.sqrt(2 * n)
         yield normal(f"normal(0.02/sqrt(2*{n}))", std, "residual", "Radford et al. 2019, section 2.3; nanoGPT model.py")
         if site.depth is not None:
@@ -43,6 +44,9 @@ def residual(site: Site) -> Iterator[Scheme]:
             yield normal(
                 f"normal(0.006/sqrt(2*{n}))", 0.006 / math.sqrt(2 * n), "residual", "Megatron, scaled_init_method_normal"
             )
+    if site.block is not None:
+        n = site.block + 1
+        yield normal(f"normal(0.02/sqrt(2*{n}))", 0.02 / math.sqrt(2 * n), "residual", "torchtitan llama3, depth_init")
 
 
 def fixed_uniform(site: Site) -> Iterator[Scheme]:

@@ -64,6 +64,9 @@ def survey(array: np.ndarray[Any, Any], bits: int = 0) -> tuple[Moments, Observa
         sample = _sample(_gather(array.reshape(-1)), array.dtype, moments, False, bits)
         return moments, Observation(array.shape, moments, None, sample, spacing)
     moments, sums, picked = measure_matrix(matrix, _places(array.size))
+    if array.dtype.name == "float16" and moments.m2 > 0:
+        # Numbers below its smallest normal one keep the same distance, which is then more of the largest of them.
+        spacing = max(spacing, 2.0**-24 / max(abs(moments.min), abs(moments.max)))
     seen = _observed(array, matrix, moments, sums, picked, spacing, bits)
     forget(array)
     return moments, seen
@@ -232,7 +235,9 @@ def orthogonal_gain(matrix: np.ndarray[Any, Any], sums: UnitSums, spacing: float
     wide = rows <= columns
     squares = sums.row_squares if wide else sums.column_squares
     length = max(rows, columns)
-    if min(rows, columns) < 4:
+    # Two rows that were rounded to 16 bits are of one norm and orthogonal by chance once in a thousand times; three hardly ever
+    # (two conditions more on the norms and inner products), nor are two of full precision.
+    if min(rows, columns) < (3 if spacing else 2):
         return math.nan
     mean = float(squares.mean())
     # Rounding a value moves its square by at most `spacing` of itself.

@@ -111,12 +111,35 @@ def sum_behind(node: fx.Node | None, streams: set[fx.Node]) -> fx.Node | None:
         name = (role.name or getattr(user.target, "__name__", "")).lower()
         if name in ("add", "add_", "sum") and len(user.all_input_nodes) == 2:
             live = all(a.op != "get_attr" for a in user.all_input_nodes)
-            if live and (len(user.users) > 1 or any(a in streams for a in user.all_input_nodes)):
+            if live and (len(_carried(user).users) > 1 or any(_source(a) in streams for a in user.all_input_nodes)):
                 return user
         elif role.kind != "passthrough":
             return None
         node = user
     return None
+
+
+def _carried(node: fx.Node) -> fx.Node:
+    """The value as those who read it see it: a norm in float32 casts the stream, and the next sum takes the result."""
+    from initaudit.graph.calls import role_of
+
+    for _ in range(_STEPS):
+        user = next(iter(node.users), None)
+        if user is None or len(node.users) != 1 or role_of(user).kind != "passthrough":
+            break
+        node = user
+    return node
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The value before casts and changes of layout."""
+    from initaudit.graph.calls import role_of
+
+    for _ in range(_STEPS):
+        if node.op != "call_function" or role_of(node).kind != "passthrough" or not node.all_input_nodes:
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def is_mask(evidence: Evidence, name: str) -> bool:
