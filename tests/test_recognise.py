@@ -156,3 +156,29 @@ def test_a_uniform_bound_overstepped_by_a_hair_is_seen():
     assert recognise(observe(values), site).decisive
     result = recognise(observe((values * np.float32(1.002)).astype(np.float32)), site)
     assert "pytorch_default" not in {f.name for f in result.schemes}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES[1:], ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+@pytest.mark.parametrize("held_by", ["itself", "float32"])
+def test_values_that_were_rounded_keep_their_law_whatever_type_holds_them(dtype, held_by):
+    """A bound is overstepped by rounding, of which float32 shows no more than the zeros at the end of every fraction."""
+    rng = np.random.default_rng(0)
+    site = site_of((300, 169), LINEAR)
+    for true, values in (
+        ("pytorch_default", rng.uniform(-1 / 13, 1 / 13, site.shape)),
+        ("normal(1)", rng.normal(size=site.shape)),
+    ):
+        stored = values.astype(np.float32).astype(dtype)
+        result = recognise(observe(stored if held_by == "itself" else stored.astype(np.float32)), site)
+        assert true in {f.name for f in result.schemes}
+    overstepped = (rng.uniform(-1.3 / 13, 1.3 / 13, site.shape)).astype(np.float32).astype(dtype)
+    assert "pytorch_default" not in {f.name for f in recognise(observe(overstepped), site).schemes}
+
+
+def test_subnormal_float16():
+    rng = np.random.default_rng(0)
+    site = site_of((256, 300), LINEAR)
+    values = rng.normal(0, 2e-5, site.shape).astype(np.float16)
+    result = recognise(observe(values), site)
+    assert result.schemes
+    assert all(f.name.startswith("normal") for f in result.schemes)

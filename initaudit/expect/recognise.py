@@ -165,9 +165,18 @@ def _fit(seen: Observation, scheme: Scheme, independence: Callable[[Law], dict[s
     if min(tests) * count < LEVEL:
         return None
     if seen.sample.size >= 8:
-        tests.append(anderson_darling(seen.sample / math.sqrt(scheme.variance), law))
+        tests.append(anderson_darling(_within(seen.sample / math.sqrt(scheme.variance), law, seen.spacing), law))
     p = min(1.0, min(tests) * count)
     return Fit(scheme.name, p, scheme.variance) if p >= LEVEL else None
+
+
+def _within(ordered: np.ndarray[Any, Any], law: Law, spacing: float) -> np.ndarray[Any, Any]:
+    """The sample with what spreading rounded values put beyond the law's cut reflected at it, from where it was rounded up."""
+    beyond = np.abs(ordered) > law.cut
+    if not spacing or not beyond.any():
+        return ordered
+    reflected = np.sign(ordered) * np.maximum(2 * law.cut - np.abs(ordered), law.cut * (1 - spacing))
+    return np.sort(np.where(beyond & (np.abs(ordered) <= law.cut * (1 + spacing)), reflected, ordered))
 
 
 def _simple(scheme: Scheme) -> Law:

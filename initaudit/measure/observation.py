@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from initaudit.measure.blocks import WINDOW, forget
@@ -17,8 +18,10 @@ Vector = np.ndarray[Any, Any]
 SAMPLE = 16_384  # values drawn for tests of the distribution
 SIDE = 1024  # rows and columns of the block whose spectrum is taken
 STEPS = 24  # of the power iteration; stopping early makes the largest value smaller, never larger
-# How many digits a stored value has, as the spacing of values just above 1.
-_SPACING = {"bfloat16": 2.0**-7, "float16": 2.0**-10}
+# Bits of a float32's fraction, and how many of them have to be zero in every value of a sample that was rounded: a product of
+# a few bits has some zeros, a value of another type has 13 (float16) or more.
+_FRACTION, _ROUNDED = 23, 10
+_LEAST = 64  # values that tell
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,10 @@ class Observation:
 
     `moments` and `sums` leave out rows of exact zeros (a padding index) and, where `sparsity` is not 0, all zeros. `sample`
     is an ascending sample of at most SAMPLE values, those that were rounded spread evenly over what they were rounded from.
-    `spacing` is the relative spacing of the stored values (of integers: at the largest), 0 for 32 bits and more. `largest` is
-    the largest eigenvalue of B B^T for a block B of shape `block`, divided by its mean square; `lags` the correlations of
-    neighbours along rows and columns with their counts. `structure` is "identity", "dirac", "orthogonal", "delta_orthogonal"
+    `spacing` is the relative spacing of the values (of integers: at the largest), 0 where they have the digits of float32.
+    `largest` is the largest eigenvalue of B B^T for a block B of shape `block`, divided by its mean square; `lags` the
+    correlations of neighbours along rows and columns with their counts. `structure` is "identity", "dirac", "orthogonal",
+    "delta_orthogonal"
     or "". `gain` is that of an orthogonal matrix.
     """
 
@@ -57,19 +61,53 @@ def observe(array: np.ndarray[Any, Any], bits: int = 0) -> Observation:
 
 def survey(array: np.ndarray[Any, Any], bits: int = 0) -> tuple[Moments, Observation]:
     """The moments of all values of `array` and its observation, of one pass; `bits` as for `observe`."""
-    spacing = max(_SPACING.get(array.dtype.name, 0.0), 2 / (2**bits - 1) if bits else 0.0)
     matrix = as_matrix(array)
     if array.ndim < 2 or array.shape[0] == 1 or array.size == 0 or matrix.shape[1] == 1:
-        moments = measure(array)
-        sample = _sample(_gather(array.reshape(-1)), array.dtype, moments, False, bits)
-        return moments, Observation(array.shape, moments, None, sample, spacing)
+        moments, picked = measure(array), _gather(array.reshape(-1))
+        digits = _digits(picked, array.dtype, bits, moments)
+        sample = _sample(picked, digits, False)
+        return moments, Observation(array.shape, moments, None, sample, digits.spacing)
     moments, sums, picked = measure_matrix(matrix, _places(array.size))
-    if array.dtype.name == "float16" and moments.m2 > 0:
-        # Numbers below its smallest normal one keep the same distance, which is then more of the largest of them.
-        spacing = max(spacing, 2.0**-24 / max(abs(moments.min), abs(moments.max)))
-    seen = _observed(array, matrix, moments, sums, picked, spacing, bits)
+    seen = _observed(array, matrix, moments, sums, picked, _digits(picked, array.dtype, bits, moments))
     forget(array)
     return moments, seen
+
+
+@dataclass(frozen=True)
+class _Digits:
+    """What values were rounded to: a share `relative` of the power of two below them, of 2^`floor` at least, or else `step`.
+
+    `spacing` is that as a share of the largest value.
+    """
+
+    spacing: float = 0.0
+    relative: float = 0.0
+    floor: int = -126
+    step: float = 0.0
+
+
+def _digits(picked: Vector, dtype: np.dtype[Any], bits: int, moments: Moments) -> _Digits:
+    """Told by the dtype, by the values themselves where a wider one holds them, or by the `bits` of integers."""
+    if bits:
+        # The steps lie at the same distance for all values of one scale, of which the largest value tells most.
+        return _Digits(2 / (2**bits - 1), step=(moments.max - moments.min) / (2**bits - 1) if moments.count else 0.0)
+    zeros, floor = 0, -126
+    if dtype.itemsize <= 2 and dtype.name.startswith(("float", "bfloat")):
+        zeros, floor = _FRACTION - int(ml_dtypes.finfo(dtype).nmant), int(ml_dtypes.finfo(dtype).minexp)
+    elif dtype in (np.float32, np.float64):
+        with np.errstate(over="ignore", invalid="ignore"):
+            single = picked.astype(np.float32)
+            kept = single[(picked == single) & (single != 0)]
+        if kept.size >= max(_LEAST, np.count_nonzero(picked)):
+            fraction = int(np.bitwise_or.reduce(kept.view(np.uint32))) & (2**_FRACTION - 1)
+            zeros = (fraction & -fraction).bit_length() - 1 if fraction else 0
+            zeros, floor = (zeros if zeros >= _ROUNDED else 0), (-14 if zeros == _FRACTION - 10 else floor)
+    largest = max(abs(moments.min), abs(moments.max)) if moments.count else 0.0
+    if not zeros or not largest > 0:
+        return _Digits()
+    # Numbers below the smallest normal one keep the same distance, which is then more of the largest of them.
+    relative = 2.0 ** (zeros - _FRACTION)
+    return _Digits(max(relative, math.ldexp(relative, floor) / largest), relative, floor)
 
 
 def _observed(
@@ -78,10 +116,9 @@ def _observed(
     moments: Moments,
     sums: UnitSums,
     picked: Vector,
-    spacing: float,
-    bits: int,
+    digits: _Digits,
 ) -> Observation:
-    empty = np.zeros(0)
+    empty, spacing = np.zeros(0), digits.spacing
     if moments.nan or moments.inf or moments.m2 == 0:
         return Observation(array.shape, moments, None, empty, spacing)
     structure, gain = _structure(array, matrix, moments, sums, spacing)
@@ -101,7 +138,7 @@ def _observed(
             row_sums=sums.row_sums[~zero],
             row_squares=sums.row_squares[~zero],
         )
-    sample = _sample(picked, array.dtype, kept, dropped > 0, bits)
+    sample = _sample(picked, digits, dropped > 0)
     block, largest, lags = _spectrum(matrix, np.flatnonzero(~zero), kept)
     return Observation(array.shape, kept, sums, sample, spacing, block, largest, lags, structure, gain, sparsity, zero_rows)
 
@@ -142,21 +179,16 @@ def _gather(line: np.ndarray[Any, Any]) -> Vector:
     return np.concatenate(picked)
 
 
-def _sample(values: Vector, dtype: np.dtype[Any], moments: Moments, drop_zeros: bool, bits: int) -> Vector:
+def _sample(values: Vector, digits: _Digits, drop_zeros: bool) -> Vector:
+    """The finite values in ascending order, each spread over what it was rounded from."""
     values = values[np.isfinite(values)]
     if drop_zeros:
         values = values[values != 0]
-    spacing = _SPACING.get(dtype.name)
-    if spacing is not None:
-        exponent = np.frexp(np.abs(values))[1] - 1
-        if dtype.name == "float16":
-            exponent = np.maximum(exponent, -14)
-        step = np.ldexp(spacing, exponent)
+    if digits.step:
+        values = values + digits.step * (np.random.default_rng(values.size).random(values.size) - 0.5)
+    elif digits.relative:
+        step = np.ldexp(digits.relative, np.maximum(np.frexp(np.abs(values))[1] - 1, digits.floor))
         values = values + step * (np.random.default_rng(values.size).random(values.size) - 0.5)
-    elif bits and values.size:
-        # The steps lie at the same distance for all values of one scale, of which the largest value tells most.
-        rounded = (moments.max - moments.min) / (2**bits - 1)
-        values = values + rounded * (np.random.default_rng(values.size).random(values.size) - 0.5)
     return np.sort(values)
 
 

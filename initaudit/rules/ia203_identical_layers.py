@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from initaudit.measure.symmetry import duplicate_rows, row_hashes
+from initaudit.measure.copies import same_units
+from initaudit.measure.symmetry import duplicate_rows
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
@@ -19,8 +20,13 @@ from initaudit.rules.support import fields, fresh_layers, initial, names
 # A drawn weight of this many elements has nearly as many different values; tables of a formula and identities have few.
 _LEAST = 64
 _VARIED = 0.1
-# Two sums of the same squares in another order differ by less than this.
-_SUMMED = 1e-6
+# A draw of 4 bits or more has more different values than the tables of one (one-hot, filters for upsampling, +-1).
+_LEVELS = 14
+# Copies that were rounded, or went through a file of another type, differ by this share of their norm. Then the fourth moments
+# differ by 4 sqrt(m6)/m4 = 5 times as much (normal law), heavy tails more.
+_NEAR = 1e-6
+_FOURTH = 2e-5
+_SIGMAS = 6.0
 # Of 48 independent numbers the cosine is 0.14 in size. Two draws reach 0.999 once in 10^60 pairs; rounding to 8 bits keeps
 # 1 - 1e-5. Formulas make smooth rows that are alike, so laws are compared where the values are drawn.
 _START = 48
@@ -30,8 +36,8 @@ _ALIKE = 0.999
 class IdenticalLayers(Rule):
     """Two layers hold the same values without being the same parameter.
 
-    What it does: compares the bytes of all weights of one shape that are not tied, their units in whatever order and with
-    whatever signs, and the first values of weights of any shape up to a factor: a generator that starts from the same seed
+    What it does: compares all weights of one shape that are not tied, their units in whatever order and with whatever signs,
+    within a millionth, and the first values of weights of any shape up to a factor: a generator that starts from the same seed
     gives them the same numbers. Constants, identities and formulas are left out, as are copies that are not trained (the
     teacher of a student): they are equal on purpose.
 
@@ -117,25 +123,21 @@ class IdenticalLayers(Rule):
 
     def _groups(self, evidence: Evidence, drawn: list[LayerEvidence]) -> Iterator[list[LayerEvidence]]:
         """Groups of layers with the same units, in whatever order and with whatever signs."""
-        for candidates in (run for run in _alike(drawn) if len(run) > 1):
-            storages: set[str] = set()
-            by_rows: dict[bytes, list[LayerEvidence]] = {}
-            by_columns: dict[bytes, list[LayerEvidence]] = {}
-            for layer in candidates:
-                values = layer.read()
-                array = evidence.checkpoint.arrays.get(layer.tensor)
-                storage = array.storage if array is not None else ""
-                if (storage and storage in storages) or _few_values(values):
-                    continue
-                storages.add(storage)
-                matrix = values.reshape(values.shape[0], -1)
-                by_rows.setdefault(_units(matrix), []).append(layer)
-                by_columns.setdefault(_units(matrix.T), []).append(layer)
-            equal = [g for g in by_rows.values() if len(g) > 1]
-            known = {x.tensor for g in equal for x in g}
+        groups: dict[str, list[LayerEvidence]] = {}
+        for first, second in _candidates(drawn):
+            mine, theirs = groups.get(first.tensor), groups.get(second.tensor)
+            if (mine is not None and mine is theirs) or _one_storage(evidence, first, second):
+                continue
+            a, b = _matrix(first), _matrix(second)
+            if _few_values(a):
+                continue
             # A permuted hidden layer has its rows in another order, and the layer behind it its columns.
-            yield from equal
-            yield from (g for g in by_columns.values() if len(g) > 1 and not known.issuperset(x.tensor for x in g))
+            if same_units(a, b, 0, _NEAR) or same_units(a, b, 1, _NEAR):
+                joined = [*(mine or [first]), *(theirs or [second])]
+                groups.update(dict.fromkeys((x.tensor for x in joined), joined))
+        place = {x.tensor: i for i, x in enumerate(drawn)}
+        for group in {id(g): g for g in groups.values()}.values():
+            yield sorted(group, key=lambda x: place[x.tensor])
 
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
@@ -171,36 +173,68 @@ def _drawn(layer: LayerEvidence) -> bool:
     m, pair = layer.moments, layer.pair
     # What no law drew is a formula (sines, filters for upsampling), the same wherever it is used.
     formula = layer.recognition is not None and layer.recognition.verdict == "trained"
-    return not _blank(layer) and m.count >= _LEAST and pair.stored and pair.trainable and m.zeros < m.count / 2 and not formula
+    sound = not _blank(layer) and m.count >= _LEAST and m.zeros < m.count / 2
+    return sound and pair.stored and pair.trainable and not formula and not _is_table(layer)
 
 
-def _alike(drawn: list[LayerEvidence]) -> Iterator[list[LayerEvidence]]:
-    """Layers of one shape whose values have the same largest magnitude and mean square: only these are read again."""
-    by_extremes: dict[tuple[object, ...], list[LayerEvidence]] = {}
+def _is_table(layer: LayerEvidence) -> bool:
+    """Whether an orthogonal matrix is that of a transform (cosines, Walsh and Hadamard): a drawn one of n columns has the
+    marginal law of a coordinate on the sphere, whose kurtosis is 3n/(n + 2)."""
+    fits = layer.recognition.schemes if layer.recognition is not None else ()
+    if not any("orthogonal" in fit.name for fit in fits):
+        return False
+    n = max(layer.pair.shape[0], layer.moments.count // layer.pair.shape[0])
+    return abs(layer.moments.kurtosis - 3 * n / (n + 2)) > _SIGMAS * math.sqrt(24 / layer.moments.count)
+
+
+def _candidates(drawn: list[LayerEvidence]) -> Iterator[tuple[LayerEvidence, LayerEvidence]]:
+    """Pairs of layers of one shape whose moments of even order are those of copies: only these are read again.
+
+    Neither the order of values nor their signs change them. Of independent draws of a million values one pair in a
+    thousand agrees in the second, and one in a hundred of these in the fourth.
+    """
+    by_shape: dict[tuple[object, ...], list[LayerEvidence]] = {}
     for layer in drawn:
-        m = layer.moments
-        by_extremes.setdefault((layer.pair.shape, max(abs(m.min), abs(m.max))), []).append(layer)
-    for group in by_extremes.values():
+        by_shape.setdefault((layer.pair.shape, layer.moments.zeros), []).append(layer)
+    for group in by_shape.values():
         ordered = sorted(group, key=lambda x: x.moments.moment2)
-        run: list[LayerEvidence] = []
-        for layer in ordered:
-            if run and layer.moments.moment2 > run[-1].moments.moment2 * (1 + _SUMMED):
-                yield run
-                run = []
-            run.append(layer)
-        yield run
+        for i, first in enumerate(ordered):
+            for second in ordered[i + 1 :]:
+                if second.moments.moment2 > first.moments.moment2 * (1 + 4 * _NEAR):
+                    break
+                size = _NEAR * math.sqrt(first.moments.moment2 * first.moments.count)
+                fourth = _moment4(second) / _moment4(first)
+                if abs(_largest(first) - _largest(second)) <= size and abs(fourth - 1) < _FOURTH:
+                    yield first, second
+
+
+def _largest(layer: LayerEvidence) -> float:
+    return max(abs(layer.moments.min), abs(layer.moments.max))
+
+
+def _moment4(layer: LayerEvidence) -> float:
+    """The mean fourth power, not centred, over the square of the second: signs that turn round change the mean."""
+    m = layer.moments
+    raw = m.m4 / m.count + 4 * m.mean * m.m3 / m.count + 6 * m.mean**2 * m.variance + m.mean**4
+    return raw / m.moment2 / m.moment2
+
+
+def _one_storage(evidence: Evidence, first: LayerEvidence, second: LayerEvidence) -> bool:
+    """Whether two names, or two places of use, are one parameter."""
+    arrays = evidence.checkpoint.arrays
+    a, b = arrays.get(first.tensor), arrays.get(second.tensor)
+    return first.tensor == second.tensor or (a is not None and b is not None and bool(a.storage) and a.storage == b.storage)
+
+
+def _matrix(layer: LayerEvidence) -> np.ndarray[Any, Any]:
+    values = layer.read()
+    return values.reshape(values.shape[0], -1)
 
 
 def _few_values(values: np.ndarray[Any, Any]) -> bool:
+    """Whether the values are those of a table and not of a draw, which has many different ones, of however few bits it is."""
     head = values.ravel()[:4096]
-    return len(set(head.tolist())) < _VARIED * head.size
-
-
-def _units(matrix: np.ndarray[Any, Any]) -> bytes:
-    """A digest of the rows of a matrix whatever their order and sign: of all their bytes, in the order of their hashes."""
-    leading = np.where(matrix[:, :1] < 0, -1, 1).astype(matrix.dtype)
-    rows = np.ascontiguousarray(matrix * leading + matrix.dtype.type(0))  # a negative zero becomes a positive one
-    return hashlib.sha256(rows[np.argsort(row_hashes(rows), kind="stable")].tobytes()).digest()
+    return len(set(head.tolist())) < min(_VARIED * head.size, _LEVELS)
 
 
 def _start(layer: LayerEvidence) -> np.ndarray[Any, Any] | None:
