@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from initaudit.measure.blocks import WINDOW, forget
@@ -22,6 +21,12 @@ STEPS = 24  # of the power iteration; stopping early makes the largest value sma
 # a few bits has some zeros, a value of another type has 13 (float16) or more.
 _FRACTION, _ROUNDED = 23, 10
 _LEAST = 64  # values that tell
+# Bits of the fraction and smallest exponent of a normal number.
+_NARROW = {
+    "bfloat16": (7, -126), "float16": (10, -14), "float8_e4m3fn": (3, -6), "float8_e4m3fnuz": (3, -7), "float8_e5m2": (2, -14),
+    "float8_e5m2fnuz": (2, -15), "float8_e4m3": (3, -6), "float8_e4m3b11fnuz": (3, -10), "float8_e3m4": (4, -2),
+}  # fmt: skip
+_MANY_COLUMNS, _MOST_COLUMNS = 32, 0.75
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ def _digits(picked: Vector, dtype: np.dtype[Any], bits: int, moments: Moments) -
         # The steps lie at the same distance for all values of one scale, of which the largest value tells most.
         return _Digits(2 / (2**bits - 1), step=(moments.max - moments.min) / (2**bits - 1) if moments.count else 0.0)
     zeros, floor = 0, -126
-    if dtype.itemsize <= 2 and dtype.name.startswith(("float", "bfloat")):
-        zeros, floor = _FRACTION - int(ml_dtypes.finfo(dtype).nmant), int(ml_dtypes.finfo(dtype).minexp)
+    if dtype.name in _NARROW:
+        zeros, floor = _FRACTION - _NARROW[dtype.name][0], _NARROW[dtype.name][1]
     elif dtype in (np.float32, np.float64):
         with np.errstate(over="ignore", invalid="ignore"):
             single = picked.astype(np.float32)
@@ -285,11 +290,17 @@ def orthogonal_gain(matrix: np.ndarray[Any, Any], sums: UnitSums, spacing: float
 
 
 def _sparsity(matrix: np.ndarray[Any, Any], moments: Moments, zero_rows: int) -> float:
-    """The share of exact zeros where every column has the same number of them, else 0."""
+    """The share of exact zeros where every column has the same number of them, else 0.
+
+    A few draws are zero too, or become it in float16: in a matrix of many columns, most then still have the same number.
+    """
     if moments.zeros <= max(zero_rows * matrix.shape[1], moments.size // 100) or moments.zeros >= moments.size - 8:
         return 0.0
     zeros = np.zeros(matrix.shape[1], np.int64)
     height = max(1, 131_072 // matrix.shape[1])
     for top in range(0, matrix.shape[0], height):
         zeros += np.count_nonzero(matrix[top : top + height].astype(np.float32) == 0, axis=0)
-    return float(zeros[0]) / matrix.shape[0] if zeros.min() == zeros.max() else 0.0
+    least = int(zeros.min())
+    # Zeros that fall by chance spread as a binomial law does, of which no number of zeros has three quarters.
+    alike = _MOST_COLUMNS if zeros.size >= _MANY_COLUMNS else 1.0
+    return least / matrix.shape[0] if np.count_nonzero(zeros == least) >= alike * zeros.size else 0.0
