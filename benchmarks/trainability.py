@@ -53,26 +53,34 @@ def names_of(optimizer: str, stepped: bool) -> list[str]:
 
 
 def measured(script: Path, outcomes: Path, maker: str, fields: Sequence[str], kept: Path | None) -> list[Row]:
-    """Outcome, features and findings of every network; read from `kept` where that exists, else measured and kept."""
-    if kept is not None and kept.exists():
-        return [json.loads(line) for line in kept.read_text().splitlines()]
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    assert spec is not None
-    assert spec.loader is not None
-    networks = importlib.util.module_from_spec(spec)
-    sys.modules[script.stem] = networks
-    spec.loader.exec_module(networks)
+    """Outcome, features and findings of every network; what stands in `kept` is not measured again."""
+    done = {} if kept is None or not kept.exists() else {r["name"]: r for r in map(json.loads, kept.read_text().splitlines())}
     rows: list[Row] = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    networks = _module(script)
     for i, row in enumerate(rows):
+        if row["name"] in done:
+            rows[i] = done[row["name"]]
+            continue
         module, inputs = networks.build(getattr(networks, maker)(*(row[k] for k in fields)))
         row["static"] = _static(module, inputs)
         for kind in KINDS:
             row[kind] = _seen(module, inputs if kind == "real" else _noise(inputs))
         print(f"\r{i + 1}/{len(rows)} audited", end="", file=sys.stderr)
+        if kept is not None:
+            with kept.open("a") as sink:
+                sink.write(json.dumps(row) + "\n")
     print(file=sys.stderr)
-    if kept is not None:
-        kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def _module(script: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = made
+    spec.loader.exec_module(made)
+    return made
 
 
 def _noise(like: torch.Tensor) -> torch.Tensor:

@@ -114,6 +114,10 @@ def finding_dict(finding: Finding) -> dict[str, Any]:
         "measured": finding.measured,
         "expected": finding.expected,
         "related": list(finding.related),
+        "profile": [
+            {"start": b.start, "end": b.end, "signal_moment2": b.signal, "gradient_moment2": b.gradient, "gain": b.gain}
+            for b in finding.profile
+        ],
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from initaudit.report.depth import ends, sparkline
+from initaudit.report.depth import ends, in_short, sparkline
 from initaudit.report.report import ModelReport, Report
 from initaudit.report.rows import Fold, Row, folded, rows
 from initaudit.report.style import Style, escape, number, shorten, wrap
@@ -130,6 +130,8 @@ def finding_lines(finding: Finding, style: Style) -> Iterator[str]:
     if where and where != tensor:
         yield "  " + style.paint(shorten("at " + where, style.width - 2), "dim")
     yield wrap(escape(finding.message), style.width, "  ")
+    if finding.profile and (short := in_short(finding.profile)):
+        yield style.paint(wrap(escape(short), style.width, "  "), "dim")
     if finding.help:
         yield wrap("help: " + escape(finding.help), style.width, "  ")
     if finding.related:

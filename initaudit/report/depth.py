@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from initaudit.rules.rule import Block
+
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -50,3 +52,19 @@ def ends(values: Sequence[float | None]) -> tuple[float, float] | None:
 def _buckets(values: Sequence[float | None], width: int) -> list[Sequence[float | None]]:
     count = min(width, len(values))
     return [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
+
+
+def in_short(profile: Sequence[Block]) -> str:
+    """One line: "over 9 blocks, 1 to 17: signal 0.5 to 1e-06, gradient 2e-12 to 0.1, gain of the gradient 0.1 to 0.2"."""
+    parts = []
+    for label, values in (("signal", [b.signal for b in profile]), ("gradient", [b.gradient for b in profile])):
+        known = [v for v in values if v is not None]
+        if known:
+            parts.append(f"{label} {known[0]:.2g} to {known[-1]:.2g}")
+    gains = [b.gain for b in profile if b.gain is not None]
+    if gains:
+        parts.append(f"gain of the gradient {min(gains):.2g} to {max(gains):.2g}")
+    if not parts:
+        return ""
+    count = f"{len(profile)} block" + ("s" if len(profile) != 1 else "")
+    return f"over {count}, {profile[0].start} to {profile[-1].end}: " + ", ".join(parts)

@@ -19,6 +19,9 @@ _DIES = ("IA301", "IA303", "IA305", "IA307", "IA311", "IA312", "IA313")
 _GROWS = ("IA302", "IA304", "IA305", "IA306", "IA307", "IA308", "IA309", "IA310", "IA312", "IA313")
 _VALUES = ("IA101", "IA102", "IA103", "IA104", "IA105", "IA107", "IA108", "IA109", "IA110", "IA202", "IA204", "IA205", "IA402")
 
+# Rules about what the probe saw: their findings carry the profile by depth, and hand it to the finding that explains them.
+PROFILED = ("IA3", "IA402", "IA403")
+
 # For each cause the findings that follow from it anywhere in the network, and those that follow for the same tensors. Earlier
 # causes explain later ones.
 CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
@@ -66,6 +69,11 @@ def findings_of(evidence: Evidence, say: Say = silent) -> list[Finding]:
     for rule in wanted:
         meter(rule.code)
         raw += rule.check(evidence)
+    if evidence.trace is not None and any(f.code.startswith(PROFILED) for f in raw):
+        from initaudit.rules.profile import profile_of
+
+        profile = profile_of(evidence)
+        raw = [dataclasses.replace(f, profile=profile) if f.code.startswith(PROFILED) else f for f in raw]
     return fold(raw)
 
 
@@ -95,6 +103,7 @@ def _tensors(finding: Finding) -> set[str]:
 
 
 def _with(root: Finding, consequence: Finding) -> Finding:
+    root = dataclasses.replace(root, profile=root.profile or consequence.profile)
     severity = min(root.severity, consequence.severity, key=SEVERITIES.index)
     note = f"{consequence.name} ({consequence.code})"
     if note in root.message:

@@ -24,11 +24,27 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
 
 @dataclass(frozen=True)
+class Block:
+    """A stretch of the network from operator `start` to `end`, as the probe saw it.
+
+    `signal` and `gradient` are the second moments at its end, `gain` what the squared norm of the gradient is multiplied by on
+    its way back through it. None for what was not measured.
+    """
+
+    start: str
+    end: str
+    signal: float | None
+    gradient: float | None
+    gain: float | None
+
+
+@dataclass(frozen=True)
 class Finding:
     """One problem, at its root. `measured` and `expected` are finite numbers or None.
 
     `tensor` is the weight, `site` the operator that uses it. `message` says what was found and what it will do to training,
-    `help` what to type. `related` names the other tensors that the same cause touches.
+    `help` what to type. `related` names the other tensors that the same cause touches. `profile` is the signal and the gradient
+    by depth, where the finding is about them.
     """
 
     code: str
@@ -42,6 +58,7 @@ class Finding:
     measured: float | None = None
     expected: float | None = None
     related: tuple[str, ...] = ()
+    profile: tuple[Block, ...] = ()
 
 
 @dataclass(frozen=True)
