@@ -20,6 +20,7 @@ from initaudit.load.exported_graph import ExportedGraph
 from initaudit.load.script_code import ScriptProgram
 from initaudit.load.spans import reason, show
 
+_PAIRED = "paired through the file's own graph, of which nothing was run but PyTorch's operators"
 _HINT = "; --trust lets PyTorch load and run it"
 
 
@@ -45,8 +46,9 @@ def with_program(checkpoint: Checkpoint, config: Config) -> Checkpoint:
             module = _built(graph, tensors)
     except InitauditError as error:
         return _without(checkpoint, str(error))
-    label = "the file's own graph, of which nothing was run but PyTorch's operators"
-    return joined(checkpoint, module, checkpoint.arrays, list(checkpoint.problems), (f"paired through {label}",))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        return _without(checkpoint, f"it is not what PyTorch writes ({type(error).__name__})")
+    return joined(checkpoint, module, checkpoint.arrays, list(checkpoint.problems), (_PAIRED,))
 
 
 def _built(graph: Any, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -66,7 +68,9 @@ def opened(
     except UsageError:
         raise
     except InitauditError as error:
-        return _without(dataclasses.replace(checkpoint, program=None), str(error), "" if config.trust else _HINT), None
+        notes = tuple(note for note in checkpoint.notes if note != _PAIRED)
+        bare = dataclasses.replace(checkpoint, program=None, notes=notes)
+        return _without(bare, str(error), "" if config.trust else _HINT), None
 
 
 def _without(checkpoint: Checkpoint, why: str, hint: str = _HINT) -> Checkpoint:

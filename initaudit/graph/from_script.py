@@ -352,7 +352,10 @@ class ScriptModule(ReadProgram):
 def script_inputs(program: ScriptProgram) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of the inputs that a traced module was recorded with, by their names; empty where they are not known."""
     module, _, last = program.root.type.rpartition(".")
-    found = parsed(module, program.sources.get(module, "")).get(last)
+    try:
+        found = parsed(module, program.sources.get(module, "")).get(last)
+    except UnreadableModel:
+        return {}  # as whoever builds the program will say
     for statement in found.body if isinstance(found, ast.ClassDef) else ():
         if isinstance(statement, ast.FunctionDef) and statement.name == "forward":
             names = [argument.arg for argument in statement.args.args[1:]]
