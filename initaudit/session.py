@@ -104,7 +104,7 @@ def _side_by_side(jobs: Sequence[tuple[str, Config]], workers: int) -> Iterator[
 def with_hint(error: str, given: str, names: Sequence[str]) -> str:
     """The line about an unreadable model, with the nearest file, command or configured name where the path does not exist."""
     path = Path(given)
-    if "://" in given or path.exists() or "did you mean" in error:
+    if "://" in given or path.exists() or "did you mean" in error or "; write " in error:
         return error
     try:
         beside = [str(path.parent / entry) for entry in os.listdir(path.parent)] if path.parent.is_dir() else []

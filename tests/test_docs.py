@@ -156,6 +156,54 @@ def test_the_steps_of_the_action_work(tmp_path, model, status):
     assert "### initaudit" in summary.read_text("utf-8")
 
 
+NET = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        layers = [m for _ in range(DEPTH) for m in (nn.Linear(32, 32), nn.ReLU())]
+        super().__init__(*layers, nn.Linear(32, 4))
+"""
+# What the recipes install is what is tested here: pip is asked, and finds nothing to do.
+SHIMS = {
+    "pip": "exit 0",
+    "initaudit": f'exec "{sys.executable}" -m initaudit "$@"',
+    "python3": 'mkdir -p .venv/bin && cp "$(dirname "$0")/pip" "$(dirname "$0")/initaudit" .venv/bin/',
+}
+
+
+def recipe(title: str, language: str) -> str:
+    text = (ROOT / "docs" / "ci.md").read_text("utf-8").partition(f"## {title}\n")[2]
+    return re.search(rf"^```{language}\n(.*?)^```$", text, re.M | re.S).group(1)
+
+
+def run_recipe(folder: Path, script: str, depth: int) -> subprocess.CompletedProcess[str]:
+    (folder / "bin").mkdir()
+    for name, line in SHIMS.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "mypackage").mkdir()
+    (folder / "mypackage" / "__init__.py").touch()
+    (folder / "mypackage" / "models.py").write_text(NET.replace("DEPTH", str(depth)))
+    return shell(f'export PATH="{folder / "bin"}:$PATH"; set -e\n{script}', folder)
+
+
+@pytest.mark.parametrize(("depth", "status"), [(2, 0), (20, 1)])
+def test_the_recipe_for_any_shell_runs_as_it_is_written(tmp_path, depth, status):
+    done = run_recipe(tmp_path, recipe("Any shell", "sh"), depth)
+    assert done.returncode == status, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("depth", "status"), [(2, 0), (20, 1)])
+def test_the_recipe_for_gitlab_runs_as_it_is_written(tmp_path, depth, status):
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load(recipe("GitLab", "yaml"))["initaudit"]
+    done = run_recipe(tmp_path, "\n".join(job["script"]), depth)
+    assert done.returncode == status, done.stdout + done.stderr
+    for file in job["artifacts"]["reports"].values():
+        assert (tmp_path / file).stat().st_size, f"{file} is no artifact"
+
+
 def test_ci_runs_the_tests_as_the_readme_does():
     readme = (ROOT / "README.md").read_text("utf-8")
     commands = re.findall(r"^python3 -m venv .*$", readme, re.M)
