@@ -76,7 +76,13 @@ class Front(click.Group):
 
         if incomplete.startswith("-"):
             return self.commands["audit"].shell_complete(click.Context(self.commands["audit"]), incomplete)
-        return [*super().shell_complete(ctx, incomplete), CompletionItem(incomplete, type="file")]
+        found: list[Any] = super().shell_complete(ctx, incomplete)
+        if not found:
+            return [CompletionItem(incomplete, type="file")]
+        # bash forgets the other words where one says that files are meant: beside commands they are named one by one.
+        import glob
+
+        return [*found, *(CompletionItem(path) for path in sorted(glob.glob(glob.escape(incomplete) + "*")))]
 
 
 @click.group(cls=Front, context_settings={"help_option_names": ["--help"]})

@@ -584,3 +584,25 @@ def test_two_rules_may_not_share_a_code_or_a_name():
 
     with pytest.raises(TypeError, match="both 'IA301'"):
         register([SampleRule(), SampleRule()])
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("exp", "explain expected.onnx"), ("--sel", "--select"), ("compl", "completion"), ("explai", "explain")],
+)
+def test_bash_completes_commands_options_and_files(tmp_path, typed, offered):
+    (tmp_path / "initaudit").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m initaudit "$@"\n')
+    (tmp_path / "initaudit").chmod(0o755)
+    (tmp_path / "expected.onnx").touch()
+    script = f"""
+    PATH="$PWD:$PATH"
+    eval "$(initaudit completion bash)"
+    COMP_WORDS=(initaudit {typed}); COMP_CWORD=1
+    _initaudit_completion initaudit 2>/dev/null
+    echo "${{COMPREPLY[@]}}"
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120, env=environment
+    )
+    assert done.stdout.split() == offered.split(), done.stderr
