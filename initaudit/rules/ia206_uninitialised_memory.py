@@ -27,6 +27,11 @@ _BITS = np.arange(6, 16, dtype=np.uint32)
 _OFTEN = 0.5 + 0.125
 _FEWEST = 4096
 _DIFFERENT = 0.9
+# bfloat16 bits that are read as float16 lose half of their exponent to the fraction: what was spread around zero, by a
+# draw of whatever scale, comes to lie between 1/4 and 4, on both sides of a gap. A law that is no thinner
+# at zero than a uniform one leaves 1/32 of the mean size free of 4096 values with a probability of (1 - 0.018)^4096 = 1e-32.
+_GAP = 1 / 32
+_SIDES = 0.25  # of the values, on either side at least
 # The smallest standard deviation in use is 1e-10. Integers below two million are subnormal float32, 3e-39 at most; a bias or a
 # scale that weight decay has worn down to this is left to the rules about trained networks.
 _NOTHING = 1e-30
@@ -38,7 +43,8 @@ class UninitialisedMemory(Rule):
     What it does: counts values above a million and nonzero values below a millionth (above 512 and below 0.002 in float16)
     where both occur in one tensor, together with what is not finite; reports tensors without one value above 1e-30, which is
     what integers look like when they are read as numbers; and looks at bits 6 to 15 of float32 values, which are ones
-    in half of the values of any draw and any training, and have a pattern in text and in numbers of another type.
+    in half of the values of any draw and any training, and have a pattern in text and in numbers of another type. Where float16
+    values lie on both sides of zero and none comes near it, they are the bits of bfloat16.
 
     Why it is bad: the tensor was allocated and never written. It holds what lay in memory, which differs from run to run, and
     some of it is 1e34 or NaN.
@@ -68,8 +74,12 @@ class UninitialisedMemory(Rule):
                 yield self._integers(evidence, name, largest)
                 continue
             if not (moments.nan or moments.inf or largest > large):
-                if array.dtype == "float32" and moments.count >= _FEWEST and abs(moments.mean) < moments.std:
+                if moments.count < _FEWEST or abs(moments.mean) >= moments.std:
+                    continue
+                if array.dtype == "float32":
                     yield from self._patterns(evidence, name, _low_bits(array.read()))
+                elif array.dtype == "float16":
+                    yield from self._gap(evidence, name, _free_of_zero(array.read()))
                 continue
             above, below = _shares(array.read(), large, small)
             if min(above, below) < _BOTH:
@@ -105,6 +115,22 @@ class UninitialisedMemory(Rule):
             expected=0.5,
         )
 
+    def _gap(self, evidence: Evidence, name: str, least: float | None) -> Iterator[Finding]:
+        if least is None:
+            return
+        layer = evidence.layer(name)
+        yield self.finding(
+            f"of {_FEWEST} values on both sides of zero none is smaller than {least:.2g} of their root mean square; of a draw, "
+            f"or after training, at least {_expected():.0f} are below {_GAP:.2g} of it, and none at all is "
+            f"{math.sqrt(_expected()):.0f} standard errors fewer: these are bfloat16 numbers that are read as float16, all "
+            "of one size, so the layer computes with signs alone",
+            reset_line(evidence, name),
+            tensor=name,
+            site=layer.pair.site if layer is not None else "",
+            measured=least,
+            expected=_GAP,
+        )
+
     def _integers(self, evidence: Evidence, name: str, largest: float) -> Finding:
         layer = evidence.layer(name)
         return self.finding(
@@ -131,6 +157,7 @@ class UninitialisedMemory(Rule):
             example("random bytes", lambda: mlp(32, 64, 64, change=_bytes)),
             example("float16 numbers read as float32", lambda: mlp(64, 96, 64, change=_halves)),
             example("text", lambda: mlp(64, 96, 64, change=_text)),
+            example("bfloat16 bits read as float16", _other_half),
             example("indices", lambda: mlp(32, 64, 64, 5, change=_indices)),
         )
 
@@ -148,15 +175,39 @@ def _low_bits(values: np.ndarray[Any, Any]) -> tuple[int, float] | None:
 
     Looks at runs of values from all over the tensor. Values of which many are equal were quantised and may have any bits.
     """
-    flat = values.reshape(-1)
-    starts = np.linspace(0, flat.size - _FEWEST // 16, 16).astype(np.int64)
-    picked = np.concatenate([flat[s : s + _FEWEST // 16] for s in starts])
+    picked = _picked(values)
     bits = picked[picked != 0].view(np.uint32)
     if bits.size < _FEWEST // 2 or len(np.unique(bits)) < _DIFFERENT * bits.size:
         return None
     shares = ((bits[:, None] >> _BITS) & 1).mean(axis=0)
     most = int(np.argmax(shares))
     return (int(_BITS[most]), float(shares[most])) if shares[most] > _OFTEN else None
+
+
+def _expected() -> float:
+    """Of _FEWEST values of a uniform law those within _GAP root mean squares of zero."""
+    return _FEWEST * _GAP / math.sqrt(3)
+
+
+def _picked(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """_FEWEST values in runs from all over the tensor."""
+    flat = values.reshape(-1)
+    starts = np.linspace(0, flat.size - _FEWEST // 16, 16).astype(np.int64)
+    return np.concatenate([flat[s : s + _FEWEST // 16] for s in starts])
+
+
+def _free_of_zero(values: np.ndarray[Any, Any]) -> float | None:
+    """The smallest size over the root mean square where the values lie on both sides of a gap around zero, else None.
+
+    Values of which many are equal (signs, a few levels) have gaps by design, and zeros are no gap.
+    """
+    x = _picked(values).astype(np.float64)
+    size = np.abs(x)
+    positive = np.count_nonzero(x > 0) / x.size
+    if not _SIDES < positive < 1 - _SIDES or len(np.unique(size)) < 64:
+        return None
+    least = float(size.min() / math.sqrt(float(np.mean(size**2))))
+    return least if least > _GAP else None
 
 
 def _bytes(model: Any) -> None:
@@ -176,6 +227,16 @@ def _halves(model: Any) -> None:
 
     weight = model[2].weight
     weight.copy_((torch.randn(weight.shape[0], 2 * weight.shape[1]) / 10).half().view(torch.float32))
+
+
+def _other_half() -> Any:
+    import torch
+
+    model, inputs = mlp(64, 96, 64)
+    model = model.half()
+    weight = model[2].weight
+    weight.data = weight.data.bfloat16().view(torch.float16)
+    return model, tuple(x.half() for x in inputs)
 
 
 def _text(model: Any) -> None:
