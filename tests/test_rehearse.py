@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from initaudit import cli
 from initaudit.auditing import program
 from initaudit.config import Config
 from initaudit.graph.from_torch import from_module
+from initaudit.probe import response
 from initaudit.probe.rehearse import rehearse
 
 OPTIMIZERS = {
@@ -171,3 +173,60 @@ def test_an_audit_leaves_module_and_random_state_as_they_were(training):
     assert torch.equal(model.last.weight.grad, torch.ones(3, 16))
     assert torch.equal(torch.get_rng_state(), generator)
     assert torch.is_grad_enabled() == grad_mode
+
+
+def undone_by_one_step():
+    """A layer of zeros behind which a BatchNorm stands: nothing seems to reach the layers before it until it has moved."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(12, 64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.Linear(64, 64),
+        nn.ReLU(),
+        nn.Linear(64, 8),
+    )
+    nn.init.zeros_(model[2].weight)
+    return model
+
+
+def sigmoids():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 64), *[f for _ in range(12) for f in (nn.Sigmoid(), nn.Linear(64, 64))])
+
+
+@pytest.mark.parametrize(("make", "learns"), [(undone_by_one_step, True), (sigmoids, False)])
+def test_the_verdict_relies_on_a_rehearsal_and_says_so(make, learns, monkeypatch):
+    """In a network that is too large for virtual steps, the rehearsal clears what was foreseen, or bears it out."""
+    monkeypatch.setattr(response, "_MOST", 0.0)
+    inputs = (torch.randn(16, 12),)
+    plain = initaudit.audit(make(), inputs).to_dict()
+    found = initaudit.audit(make(), inputs, config=Config(rehearse=40)).to_dict()
+    before, after = (r["risk"]["untrainable"] for r in (plain, found))
+    assert sum("the risk relies on it" in note for note in found["notes"]) == 2
+    assert not any("relies" in note for note in plain["notes"])
+    if learns:
+        assert before["sgd"] > 0.5
+        assert all(after[o] < 0.1 < before[o] for o in after)
+    else:
+        assert all(after[o] >= max(before[o], 0.9) for o in after)
+        assert re.search(r"relies on the rehearsal of 40 steps, in which sgd left \S+ of the loss of guessing", found["cause"])
+
+
+def test_a_rehearsal_that_breaks_says_where():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[f for _ in range(6) for f in (nn.Linear(12, 12), nn.ReLU())], nn.Linear(12, 8))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(40.0)
+    found = initaudit.audit(model, (torch.randn(8, 12),), config=Config(rehearse=25)).to_dict()
+    assert found["risk"]["untrainable"]["sgd"] > 0.8
+    assert found["probe"]["rehearsal"]["runs"][0]["broke_at"] is not None
+
+
+def test_a_few_steps_that_learn_nothing_prove_nothing():
+    model, inputs = undone_by_one_step(), (torch.randn(16, 12),)
+    plain = initaudit.audit(model, inputs).risk
+    assert initaudit.audit(model, inputs, config=Config(rehearse=1)).risk == plain

@@ -13,8 +13,9 @@ from initaudit.errors import InitauditError
 from initaudit.graph.graph import Graph
 from initaudit.meter import Say, silent
 from initaudit.onnx_ops.budget import Budget, metered
+from initaudit.probe.features import rehearsal_decides
 from initaudit.probe.propagation import Prediction, propagate
-from initaudit.probe.rehearse import Rehearsal, rehearse
+from initaudit.probe.rehearse import rehearse
 from initaudit.probe.run import probe
 from initaudit.probe.trace import Trace
 from initaudit.probe.verdict import Risk, judge
@@ -85,8 +86,11 @@ def predicted(graph: Graph, budget: Budget) -> Prediction | None:
     return prediction if prediction.fields else None
 
 
-def summary(rehearsal: Rehearsal) -> Iterator[str]:
+def summary(trace: Trace) -> Iterator[str]:
     """What a rehearsal came to, a line an optimizer."""
+    rehearsal = trace.rehearsal
+    if rehearsal is None:
+        return
     if rehearsal.why_not:
         yield f"rehearsal: not run, {rehearsal.why_not}"
     for optimizer in dict.fromkeys(r.optimizer for r in rehearsal.runs):
@@ -99,8 +103,9 @@ def summary(rehearsal: Rehearsal) -> Iterator[str]:
             kept = "" if run.remembered is None else f", {run.remembered:.0%} of the labels"
             parts.append(f"at rate {run.rate:g} the loss went from {run.first_loss:.3g} to {run.last_loss:.3g}{kept}")
         verdict = "learned" if rehearsal.learned(optimizer) else "did not learn"
+        relies = "; the risk relies on it" if rehearsal_decides(trace, optimizer) else ""
         what = f"rehearsal of {rehearsal.steps} steps on {rehearsal.examples} examples"
-        yield f"{what}: {optimizer} {verdict}; " + "; ".join(parts)
+        yield f"{what}: {optimizer} {verdict}; " + "; ".join(parts) + relies
 
 
 def _redrawn(inputs: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:

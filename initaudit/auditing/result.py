@@ -70,7 +70,7 @@ def _probe_notes(evidence: Evidence) -> Iterator[str]:
     if evidence.trace is not None and evidence.trace.rehearsal is not None:
         from initaudit.auditing.probing import summary  # it imports torch, which audits of weights alone do without
 
-        yield from summary(evidence.trace.rehearsal)
+        yield from summary(evidence.trace)
     if evidence.risk_spread:
         wide, most = max(evidence.risk_spread.items(), key=lambda item: item[1])
         yield (

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from initaudit.graph.graph import Graph, location_of
-from initaudit.probe.features import changes, dead_share, gradient_powers, lowest_loss, signal_powers
+from initaudit.probe.features import (
+    OPTIMIZERS,
+    changes,
+    dead_share,
+    gradient_powers,
+    lowest_loss,
+    rehearsal_decides,
+    signal_powers,
+)
 from initaudit.probe.response import STEPS
 from initaudit.probe.trace import Trace
 
@@ -112,10 +120,28 @@ def _sentence(trace: Trace, feature: str, sites: Mapping[str, str]) -> str:
 
 def _stepped(trace: Trace) -> str:
     """What the virtual steps say, where the verdict relies on them."""
-    left = [x for name in ("sgd", "adam") if (x := lowest_loss(trace, name)) is not None]
+    if any(rehearsal_decides(trace, name) for name in OPTIMIZERS):
+        return _rehearsed(trace)
+    left = [x for name in OPTIMIZERS if (x := lowest_loss(trace, name)) is not None]
     if not left or min(left) < 0.9:
         return ""
     return f"; {STEPS} virtual steps of any customary size leave {min(left):.2g} of the loss of guessing"
+
+
+def _rehearsed(trace: Trace) -> str:
+    """What a rehearsal says, where the verdict relies on it."""
+    rehearsal = trace.rehearsal
+    assert rehearsal is not None
+    parts = []
+    for name in OPTIMIZERS:
+        runs = [r for r in rehearsal.runs if r.optimizer == name]
+        broken = [r for r in runs if r.broke_at is not None]
+        if runs and len(broken) == len(runs):
+            where = f" in {broken[0].broke_in}" if broken[0].broke_in else ""
+            parts.append(f"{name} broke after {broken[0].broke_at} steps{where}")
+        elif (left := rehearsal.left(name)) is not None:
+            parts.append(f"{name} left {left:.2g} of the loss of guessing")
+    return f"; this relies on the rehearsal of {rehearsal.steps} steps, in which " + " and ".join(parts)
 
 
 def _moving(trace: Trace, change: str, sites: Mapping[str, str], least: float = 0.0) -> str:

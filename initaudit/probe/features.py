@@ -57,12 +57,18 @@ def doubted(trace: Trace, optimizer: str) -> float:
 def lowest_loss(trace: Trace, optimizer: str) -> float | None:
     """The lowest loss that the virtual steps of any customary size reached, in units of guessing; None where none was taken.
 
-    Steps that end in a loss that is not finite have reached nothing.
+    Steps that end in a loss that is not finite have reached nothing. A rehearsal is more steps of the same kind.
     """
     runs = [r.losses for r in trace.response if r.optimizer == optimizer]
-    if not runs:
-        return None
-    return min((min(losses) for losses in runs if math.isfinite(losses[-1])), default=1.0)
+    rehearsed = trace.rehearsal.left(optimizer) if trace.rehearsal is not None else None
+    found = [min(losses) if math.isfinite(losses[-1]) else 1.0 for losses in runs]
+    return min([*found, *([rehearsed] if rehearsed is not None else [])], default=None)
+
+
+def rehearsal_decides(trace: Trace, optimizer: str) -> bool:
+    """Whether the risk relies on the rehearsal: no virtual steps were taken, or they learned less."""
+    rehearsed = trace.rehearsal.left(optimizer) if trace.rehearsal is not None else None
+    return rehearsed is not None and rehearsed == lowest_loss(trace, optimizer)
 
 
 def _chaos(trace: Trace) -> float:

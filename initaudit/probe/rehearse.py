@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from initaudit.graph.constness import constant_nodes
 from initaudit.graph.graph import Graph, location_of
 from initaudit.probe.passes import Observer, Pass, backward, batch_of
+from initaudit.probe.response import STEPS
 from initaudit.probe.run import floated, undisturbed
 
 # The two customary rates of each optimizer: a bold one and a careful one.
@@ -31,7 +32,8 @@ _HALF = 0.5
 class RehearsalRun:
     """One optimizer at one rate. `remembered` is the share of examples with the right label in the end.
 
-    `broke_at` is the number of steps after which the loss or a gradient was not finite, `broke_in` the first place where.
+    `guessing` is the loss of guessing, or that at the start where it is lower. `broke_at` is the number of steps after which
+    the loss or a gradient was not finite, `broke_in` the first place where.
     """
 
     optimizer: str
@@ -42,6 +44,12 @@ class RehearsalRun:
     broke_at: int | None = None
     broke_in: str | None = None
     learned: bool = False
+    guessing: float = math.nan
+
+    @property
+    def left(self) -> float:
+        """The loss in the end in units of guessing (of the loss at the start where that is lower); 1 where it broke."""
+        return 1.0 if self.broke_at is not None else self.last_loss / self.guessing
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,14 @@ class Rehearsal:
         """Whether `optimizer` learned at one of its rates; None where it was not run."""
         own = [r.learned for r in self.runs if r.optimizer == optimizer]
         return any(own) if own else None
+
+    def left(self, optimizer: str) -> float | None:
+        """The least of the loss that `optimizer` left at one of its rates, at most 1; None where it was not run.
+
+        A few steps that did not learn prove nothing: below as many as the virtual steps are, only what was learned counts.
+        """
+        own = [min(r.left, 1.0) for r in self.runs if r.optimizer == optimizer]
+        return min(own) if own and (self.steps >= STEPS or self.learned(optimizer)) else None
 
 
 def rehearse(
@@ -171,8 +187,8 @@ def _train(task: _Task, optimizer: str, rate: float, steps: int) -> RehearsalRun
         if step < steps:
             for key, change in rule.changes(gradients):
                 shift[key] = shift[key] + change if key in shift else change
-    goal = _HALF * first if task.loss else _HALF * min(first, math.log(len(set(task.labels.tolist()))))
-    return RehearsalRun(optimizer, rate, first, last, right, learned=last < goal)
+    guessing = first if task.loss else min(first, math.log(len(set(task.labels.tolist()))))
+    return RehearsalRun(optimizer, rate, first, last, right, learned=last < _HALF * guessing, guessing=guessing)
 
 
 class _Sgd:

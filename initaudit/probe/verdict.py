@@ -63,15 +63,16 @@ def judge(graph: Graph, trace: Trace) -> Risk:
     values = features(trace)
     moved = changes(trace)
     broken = trace.broken
-    kind = "stepped" if trace.response else "still"
-    sgd, adam = (1.0 if broken else probability(values, coefficients()[name][kind]) for name in OPTIMIZERS)
+    kinds = {name: "stepped" if f"unlearnt_{name}" in values else "still" for name in OPTIMIZERS}
+    sgd, adam = (1.0 if broken else probability(values, coefficients()[name][kinds[name]]) for name in OPTIMIZERS)
     # What steps of plain gradient descent have got over was absorbed: by norms, by skips, by the step itself.
     left = doubted(trace, "sgd")
     vanishing = left * max(_decades(moved["signal_loss"]), _decades(moved["gradient_loss"]))
     exploding = 1.0 if broken else left * max(_decades(moved["signal_growth"]), _decades(moved["gradient_growth"]))
     symmetry, cause = duplicate_share(trace), ""
     if max(vanishing, exploding, symmetry, min(sgd, adam)) >= _LIKELY:
-        better = coefficients()["adam" if adam <= sgd else "sgd"][kind]
+        best = "adam" if adam <= sgd else "sgd"
+        better = coefficients()[best][kinds[best]]
         weighed = {name: w * values[name] for name, w in better.items() if name in values}
         cause = cause_of(graph, trace, symmetry, weighed, _HALF)
     return Risk(symmetry, vanishing, exploding, sgd, adam, cause, {**values, **moved})

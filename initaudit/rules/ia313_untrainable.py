@@ -18,8 +18,9 @@ _LIKELY, _CERTAIN = 0.5, 0.95
 class Untrainable(Rule):
     """The network does not begin to learn under any optimizer of customary step size.
 
-    What it does: asks the risk model, where it could watch some virtual steps of SGD and of Adam on a task of memory, and
-    reports a network that is likely to fail under both. Any other finding that explains it takes its place.
+    What it does: asks the risk model, where it could watch some virtual steps of SGD and of Adam on a task of memory (those of
+    `--rehearse` count as well), and reports a network that is likely to fail under both. Any other finding that explains it
+    takes its place.
 
     Why it is bad: the training run would be paid for and end at the accuracy of guessing.
 
@@ -43,7 +44,7 @@ class Untrainable(Rule):
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""
         risk, trace = evidence.risk, evidence.trace
-        if risk is None or trace is None or not trace.response or not initial(evidence):
+        if risk is None or trace is None or "unlearnt_sgd" not in risk.features or not initial(evidence):
             return
         least = min(risk.untrainable_sgd, risk.untrainable_adam)
         if least < self.limit(evidence, "warning"):
