@@ -75,6 +75,8 @@ class IdenticalLayers(Rule):
             "layers were copied, or "
             "drawn from the same seed, and start as one layer repeated",
             init_line(*_again(groups)),
+            measured=float(len(groups)),
+            expected=float(len({x.tensor for g in groups for x in g})),
             related=tuple(dict.fromkeys(x.tensor for x in others)),
             **fields(first),
         )
@@ -116,7 +118,8 @@ class IdenticalLayers(Rule):
             f"{names(group)} begin with the same {_START} numbers up to a factor: they were drawn from the same seed, and "
             "start as parts of one weight",
             init_line(*group[1:]),
-            measured=float(len(group)),
+            measured=1.0,
+            expected=float(len(group)),
             related=tuple(x.tensor for x in group[1:]),
             **fields(group[0]),
         )
