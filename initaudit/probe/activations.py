@@ -71,17 +71,24 @@ def _needed(last: fx.Node, candidates: Sequence[fx.Node]) -> tuple[fx.Node, ...]
 
 
 def sample(x: Tensor, unit: int | None, batch: int | None) -> Tensor:
-    """A copy of at most 512 places by all units (65,536 numbers at most), of the same rank; examples before positions."""
+    """A copy of at most 512 places by all units (65,536 numbers at most), of the same rank.
+
+    Examples come before positions, and positions are taken along the last axis, where neighbours in memory are read together;
+    of an axis that keeps one place it is the middle one: at the border a padded convolution sees less.
+    """
     if unit is None:
         unit = x.dim() - 1
     places = max(1, min(_POINTS, _SAMPLE // max(1, x.shape[unit])))
-    order = sorted((a for a in range(x.dim()) if a != unit), key=lambda a: (a != batch, a))
+    kept = dict.fromkeys(range(x.dim()), 0)
+    for axis in sorted((a for a in kept if a != unit), key=lambda a: (a != batch, -a)):
+        kept[axis] = min(x.shape[axis], places)
+        places = max(1, places // kept[axis])
     x = x.detach()
-    for axis in order:
-        keep = min(x.shape[axis], places)
-        if keep < x.shape[axis]:
-            x = x.index_select(axis, torch.linspace(0, x.shape[axis] - 1, keep, device=x.device).round().long())
-        places = max(1, places // keep)
+    # The axis that shrinks most goes first: the others then have less to copy.
+    for axis in sorted((a for a in kept if 0 < kept[a] < x.shape[a]), key=lambda a: kept[a] / x.shape[a]):
+        last = x.shape[axis] - 1
+        chosen = torch.linspace(0, last, kept[axis], device=x.device) if kept[axis] > 1 else torch.tensor([last / 2])
+        x = x.index_select(axis, chosen.round().long().to(x.device))
     return x.clone()
 
 
@@ -153,7 +160,7 @@ def _slope(activation: Activation, x: Tensor, value_of: Callable[[fx.Node], Any]
         result = values[activation.exit]
         if not (isinstance(result, Tensor) and result.shape == x.shape and result.requires_grad):
             return None
-        (slope,) = torch.autograd.grad(result, x, torch.ones((), device=x.device).expand(x.shape))
+        (slope,) = torch.autograd.grad(result, x, torch.ones_like(result))
     return slope
 
 

@@ -12,14 +12,11 @@ from initaudit.graph.calls import arguments, role_of, signal_inputs
 from initaudit.probe.activations import Activation, by_exit, find_activations, flat_units, sample
 from initaudit.probe.passes import Observer, Pass, kind_of
 from initaudit.probe.statistics import (
-    by_example,
+    comparisons,
+    example_rows,
     moments,
-    participation,
-    peak,
     power,
     row_entropy,
-    similarities,
-    thin,
     token_rows,
 )
 from initaudit.probe.trace import Signal
@@ -57,11 +54,11 @@ class SignalObserver(Observer):
             self.same_as[node.name] = source
             record |= {name: known[name] for name in ("mean", "moment2", "peak", "finite")}
         else:
-            mean, moment2, finite = moments(value)
-            record |= {"mean": mean, "moment2": moment2} if finite else {"mean": None, "moment2": None}
             # Functions of one signal, and norms, hardly pass what stands before them: the look for the largest is saved.
-            grows = finite and (kind not in ("pointwise", "normalization", "softmax") or len(set(signal_inputs(node))) > 1)
-            record |= {"peak": peak(value) if grows else None, "finite": finite}
+            grows = kind not in ("pointwise", "normalization", "softmax") or len(set(signal_inputs(node))) > 1
+            mean, moment2, largest, finite = moments(value, extremes=grows)
+            record |= {"mean": mean, "moment2": moment2} if finite else {"mean": None, "moment2": None}
+            record |= {"peak": largest, "finite": finite}
         self.records[node.name] = record
         if not record["finite"]:
             self.first_non_finite = self.first_non_finite or node.name
@@ -111,7 +108,7 @@ class SignalObserver(Observer):
         axes = run.axes[node]
         if axes.batch is None:
             return
-        self.rows.add("examples", node.name, thin(by_example(value, axes)).unsqueeze(0))
+        self.rows.add("examples", node.name, example_rows(value, axes).unsqueeze(0))
         if value.dim() == 3 and axes.unit is not None and value.shape[axes.batch] == axes.examples and min(value.shape) > 0:
             self.rows.add("tokens", node.name, token_rows(value, axes.batch, axes.unit))
 
@@ -152,8 +149,7 @@ class _Rows:
         for (what, _), held in self.held.items():
             stacked = torch.stack([rows for _, rows in held])
             prefix = "token_" if what == "tokens" else ""
-            found = zip(similarities(stacked), participation(stacked), strict=True)
-            for (name, _), ((cosine, spread), rank) in zip(held, found, strict=True):
+            for (name, _), (cosine, spread, rank) in zip(held, comparisons(stacked), strict=True):
                 self.records[name] |= {f"{prefix}cosine": cosine, f"{prefix}spread": spread, f"{prefix}rank": rank}
         self.held.clear()
         self.size = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,16 +13,26 @@ from initaudit.probe.axes import Axes
 # Squares of float32 numbers lose precision below 1e-38 and overflow above 3e38: outside this range a sum is taken in float64.
 _SAFE = (1e-24, 1e36)
 _EXAMPLES, _FEATURES = 32, 1024
+_BLOCK = 1 << 18  # elements: 1 MiB of float32 fits a core's second-level cache
+# Squares of sums of squares stay in the range of float64.
+_GRAM = (1e-140, 1e140)
+# 1 - Σ⟨x_i, x_j⟩/(n Σ|x|²) has an error of some 1e-16: above this share it has ten digits.
+_CANCELLED = 1e-6
 
 
-def moments(x: Tensor) -> tuple[float, float, bool]:
-    """(mean, second moment, all finite?) of a tensor with at least one element."""
-    x = x.detach()
-    square = power(x)
-    if not math.isfinite(square):
-        return math.nan, math.nan, False
-    total = x.sum().item() if square < _SAFE[1] else x.double().sum().item()
-    return total / x.numel(), square / x.numel(), True
+def moments(x: Tensor, *, extremes: bool = False) -> tuple[float, float, float | None, bool]:
+    """(mean, second moment, largest absolute value if asked for, all finite?) of a tensor with at least one element."""
+    total, square, peak = 0.0, 0.0, 0.0
+    for block in _blocks(x):
+        part = _power(block)
+        square += part
+        if not math.isfinite(square):
+            return math.nan, math.nan, None, False
+        total += block.sum().item() if part < _SAFE[1] else block.double().sum().item()
+        if extremes:
+            low, high = torch.aminmax(block)
+            peak = max(peak, -low.item(), high.item())
+    return total / x.numel(), square / x.numel(), peak if extremes else None, True
 
 
 def peak(x: Tensor) -> float:
@@ -32,13 +43,23 @@ def peak(x: Tensor) -> float:
 
 def power(x: Tensor) -> float:
     """The sum of squares; not finite exactly when an element is not."""
-    x = x.detach()
-    flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
-    if flat.dtype == torch.float32:
-        total = float(torch.dot(flat, flat).item())
+    return sum(map(_power, _blocks(x)))
+
+
+def _power(block: Tensor) -> float:
+    if block.dtype == torch.float32:
+        total = float(torch.dot(block, block).item())
         if _SAFE[0] < total < _SAFE[1]:
             return total
-    return float(flat.double().square().sum().item())
+    return float(block.double().square().sum().item())
+
+
+def _blocks(x: Tensor) -> Sequence[Tensor]:
+    """The elements in pieces that stay in the cache from one statistic to the next, in the order of memory."""
+    x = x.detach()
+    # Dense in another order of its axes (channels last, a transposed matrix) is no reason for a copy.
+    flat = x.view(-1) if x.is_contiguous() else x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
+    return torch.split(flat, _BLOCK) if x.device.type == "cpu" else (flat,)
 
 
 def by_example(x: Tensor, axes: Axes) -> Tensor:
@@ -51,70 +72,75 @@ def by_example(x: Tensor, axes: Axes) -> Tensor:
     return apart.movedim(1, 0).reshape(axes.examples, -1)
 
 
-def thin(rows: Tensor) -> Tensor:
-    """At most 32 rows by 1024 columns, evenly picked."""
-    step = max(1, -(-rows.shape[1] // _FEATURES))
-    return rows[:_EXAMPLES, ::step]
+def example_rows(x: Tensor, axes: Axes) -> Tensor:
+    """At most 32 of the rows of `by_example` by 1024 columns, evenly picked."""
+    assert axes.batch is not None
+    if x.shape[axes.batch] == axes.examples and x.dim() > 1 and not x.movedim(axes.batch, 0).is_contiguous():
+        # Only what is kept is gathered: the rows of a transposed signal would be a copy of all of it.
+        x = x.detach().movedim(axes.batch, 0)[:_EXAMPLES]
+        columns = math.prod(x.shape[1:])
+        picked = torch.arange(0, columns, _step(columns), device=x.device)
+        places: list[Tensor | slice] = [slice(None), *torch.unravel_index(picked, x.shape[1:])]
+        return x[tuple(places)]
+    rows = by_example(x, axes)
+    return rows[:_EXAMPLES, :: _step(rows.shape[1])]
 
 
-def similarity(rows: Tensor) -> tuple[float | None, float | None]:
-    """`similarities` of one (n, d) matrix, or the mean over the groups of (groups, n, d)."""
-    return similarities((rows if rows.dim() == 3 else rows.unsqueeze(0)).unsqueeze(0))[0]
+def _step(features: int) -> int:
+    return max(1, -(-features // _FEATURES))
 
 
-def similarities(rows: Tensor) -> list[tuple[float | None, float | None]]:
-    """(mean cosine between rows, variance over rows as a share of the second moment) of each of k times (groups, n, d) rows.
+def comparisons(rows: Tensor) -> list[tuple[float | None, float | None, float | None]]:
+    """(mean cosine, spread, rank) of the n rows of each of k times (groups, n, d), averaged over the groups that have a signal.
 
-    Sums over pairs follow from the sum of the unit vectors: |Σ u|² = n + Σ_{i≠j} cos. The spread is taken in float64, where
-    rows that differ only in the last float32 digits still show a difference of zero or of rounding size. Groups without a
-    signal are left out; rows of zeros count as unlike all others.
+    The cosine is that between different rows; rows of zeros count as unlike all others. The spread is the variance over rows as
+    a share of the second moment. The rank is the participation ratio (Σλ)²/Σλ² of the Gram matrix, how many directions the rows
+    share: 1 where all are multiples of one vector, min(n, d) where they are orthogonal and equally long. One row alone has a
+    rank only.
     """
     n = rows.shape[2]
-    if n < 2 or rows.numel() == 0:
-        return [(None, None)] * rows.shape[0]
+    if rows.numel() == 0:
+        return [(None, None, None)] * rows.shape[0]
     rows = rows.double()
-    squares = rows.square().sum(3)
+    gram = rows @ rows.transpose(2, 3)
+    low, high = torch.aminmax(gram.diagonal(dim1=2, dim2=3).sum(2))
+    if not (_GRAM[0] < low and high < _GRAM[1]):
+        rows = rows / rows.abs().amax((2, 3), keepdim=True).clamp_min(1e-300)
+        gram = rows @ rows.transpose(2, 3)
+    squares = gram.diagonal(dim1=2, dim2=3)
     total = squares.sum(2)
-    between = (rows - rows.mean(2, keepdim=True)).square().sum((2, 3))
-    weight = torch.where(squares > 0, squares, 1).rsqrt().unsqueeze(2)
-    pairs = ((weight @ rows).square().sum((2, 3)) - (squares > 0).sum(2)) / (n * (n - 1))
     alive = (total > 0) & torch.isfinite(total)
-    count = alive.sum(1)
-    safe = torch.where(alive, total, 1)
-    cosine = torch.where(alive, pairs, 0).sum(1) / count
-    spread = torch.where(alive, between / safe, 0).sum(1) / count
-    found = zip(count.tolist(), cosine.tolist(), spread.tolist(), strict=True)
-    return [(c, s) if some else (None, None) for some, c, s in found]
+    count, safe = alive.sum(1), torch.where(alive, total, 1)
+
+    def mean(of_groups: Tensor) -> list[float]:
+        return list((torch.where(alive, of_groups, 0).sum(1) / count).tolist())
+
+    rank = mean(safe.square() / torch.where(alive, gram.square().sum((2, 3)), 1))
+    if n < 2:
+        return [(None, None, r if some else None) for some, r in zip(count.tolist(), rank, strict=True)]
+    weight = torch.where(squares > 0, squares, 1).rsqrt()
+    cosine = ((weight.unsqueeze(3) * gram * weight.unsqueeze(2)).sum((2, 3)) - (squares > 0).sum(2)) / (n * (n - 1))
+    spread = 1 - gram.sum((2, 3)) / (n * safe)
+    if (spread < _CANCELLED).any():
+        # Rows that differ only in the last float32 digits still show a difference of zero or of rounding size.
+        spread = (rows - rows.mean(2, keepdim=True)).square().sum((2, 3)) / safe
+    found = zip(count.tolist(), mean(cosine), mean(spread), rank, strict=True)
+    return [(c, s, r) if some else (None, None, None) for some, c, s, r in found]
 
 
 def token_rows(x: Tensor, batch: int, unit: int) -> Tensor:
     """At most 4 examples by 32 positions by 1024 features of a rank-3 tensor."""
     (tokens,) = {0, 1, 2} - {batch, unit}
     examples = x.detach().permute(batch, tokens, unit)[:4, :_EXAMPLES]
-    return examples[:, :, :: max(1, -(-examples.shape[2] // _FEATURES))]
-
-
-def participation(rows: Tensor) -> list[float | None]:
-    """(Σλ)²/Σλ² of the Gram matrices of (k, groups, n, d): how many directions the n rows share, averaged over groups.
-
-    1 where all rows are multiples of one vector, min(n, d) where they are orthogonal and equally long.
-    """
-    rows = rows.double()
-    # The scale is taken out first: fourth powers of 1e-90 are none.
-    rows = rows / rows.abs().amax((2, 3), keepdim=True).clamp_min(1e-300)
-    gram = rows @ rows.transpose(2, 3)
-    top, total = gram.diagonal(dim1=2, dim2=3).sum(2), gram.square().sum((2, 3))
-    alive = (total > 0) & torch.isfinite(total)
-    count = alive.sum(1)
-    rank = torch.where(alive, top.square() / torch.where(alive, total, 1), 0).sum(1) / count
-    return [r if some else None for some, r in zip(count.tolist(), rank.tolist(), strict=True)]
+    return examples[:, :, :: _step(examples.shape[2])]
 
 
 def row_entropy(p: Tensor, axis: int) -> float | None:
     """Mean over rows of -Σ p ln p / ln(number of entries above zero); rows with one entry (masked) say nothing."""
     p = p.detach().movedim(axis, -1)
     rows = p.reshape(-1, p.shape[-1])
-    rows = rows[:: max(1, rows.shape[0] // 4096)].double()
+    rows = rows[:: max(1, rows.shape[0] // 4096)]
+    rows = rows if rows.dtype == torch.float64 else rows.float()
     support = (rows > 0).sum(1)
     # An entry that underflowed is as good as masked for the sum, but not for the support: a one-hot row of a long,
     # unmasked softmax must not count as masked, so the support is that of the widest row among neighbours.
@@ -122,6 +148,7 @@ def row_entropy(p: Tensor, axis: int) -> float | None:
     open_rows = support > 1 if widest > 1 else torch.ones_like(support, dtype=torch.bool)
     if widest <= 1:
         return 0.0 if p.shape[-1] > 1 else None
-    entropy = -torch.special.xlogy(rows, rows).sum(1)
+    # The logarithm of a zero is never asked for; xlogy, which knows that 0 ln 0 = 0, is not vectorized.
+    entropy = -(rows * rows.clamp_min(torch.finfo(rows.dtype).tiny).log()).sum(1, dtype=torch.float64)
     share = entropy[open_rows] / support[open_rows].double().log()
     return float(share.mean().item()) if share.numel() else None
