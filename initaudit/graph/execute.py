@@ -34,9 +34,18 @@ class Executor(fx.Interpreter):
         """The value of a constant."""
         constant = self.source.constants[str(target)]
         value = constant.value()
-        if self.device is not None and value.device != self.device and value.is_floating_point():
+        # The integers of an ONNX file may be shapes, which stay on the host; torch keeps shapes out of tensors.
+        moves = value.is_floating_point() or self.source.source == "module"
+        if self.device is not None and value.device != self.device and moves:
             value = value.to(self.device)
         return value.clone() if constant.kind == "buffer" else value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call, on the device asked for where the trace wrote the one that it ran on into it."""
+        if self.device is not None and isinstance(target, torch._ops.OpOverload):
+            args = tuple(self.device if isinstance(a, torch.device) else a for a in args)
+            kwargs = {k: self.device if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+        return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's value; None for what lies downstream of an operator that is not known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp, residual
@@ -10,6 +11,9 @@ from initaudit.rules.health import CONTRAST, below, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import initial, names, power, ratio_of, view
+
+if TYPE_CHECKING:
+    from initaudit.probe.trace import Trace
 
 
 class InputsCollapse(Rule):
@@ -55,7 +59,7 @@ class InputsCollapse(Rule):
             "all examples ask "
             "for the same change",
             init_line(small[0]),
-            severity="error" if constant else level or "warning",
+            severity="warning" if _undone(evidence.trace) else "error" if constant else level or "warning",
             measured=0.0 if constant else state.contrast,
             expected=1.0,
             tensor=small[0].tensor,
@@ -79,3 +83,12 @@ class InputsCollapse(Rule):
             example("ten sigmoid layers", lambda: mlp(32, *[64] * 10, 5, act="Sigmoid", gain=1.0)),
             example("a zero layer", lambda: mlp(32, 64, 64, 64, 5, change=lambda m: linear(m)[1].weight.zero_())),
         )
+
+
+def _undone(trace: Trace) -> bool:
+    """Whether virtual steps of either optimizer learned half of their task: a layer of zeros that moves is soon none."""
+    from initaudit.probe.features import OPTIMIZERS, lowest_loss
+    from initaudit.probe.response import LEARNT
+
+    losses = [lowest_loss(trace, name) for name in OPTIMIZERS]
+    return all(loss is not None and loss < LEARNT for loss in losses)
