@@ -9,9 +9,9 @@ from typing import Any
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, linear, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import activation_of, fields, power, sigmas
-from initaudit.rules.variance import deviation
+from initaudit.rules.variance import LEAST, LIKELY, deviation
 
 
 class VarianceTooSmall(Rule):
@@ -36,6 +36,20 @@ class VarianceTooSmall(Rule):
     severity = "error"
     phase = "init"
     summary = "observed variance is below what the downstream activation needs, beyond sampling error, and the signal suffers"
+    thresholds = (
+        Threshold(
+            "ratio",
+            LEAST,
+            "of the variance needed",
+            "a smaller deviation compounds to less than a factor of 10 over ten layers",
+        ),
+        Threshold(
+            "untrainable",
+            LIKELY,
+            "risk with both optimizers",
+            "from here any deviation that harms is an error: training is more likely to fail than not",
+        ),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all the layers that together lose the signal."""

@@ -11,7 +11,7 @@ from initaudit.rules.examples import convs, example, mlp
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import activation_of, fields, fresh_layers, initial, power, sigmas
-from initaudit.rules.variance import deviates, deviation
+from initaudit.rules.variance import DEEP, FLAT, LEAST, LIKELY, TIMES, bounds, deviates, deviation
 
 # The spectral radius of an n x n matrix of independent entries is sqrt(n var) (Girko 1984). Above 1 a linear recurrence grows
 # with every step; a tanh recurrence at twice that is chaotic after a few (Sompolinsky et al. 1988).
@@ -45,6 +45,11 @@ class VarianceTooLarge(Rule):
         Threshold(
             "radius", _RADIUS, "spectral radius of a recurrence", "a tanh recurrence there is chaotic (Sompolinsky et al. 1988)"
         ),
+        Threshold("ratio", 1 / LEAST, "times the variance needed", "a smaller deviation compounds to less than a factor of 10"),
+        Threshold("untrainable", LIKELY, "risk with both optimizers", "from here any deviation that harms is an error"),
+        Threshold("slope", FLAT, "of the activation's steepest", "below, seven tenths of the gradient are lost in a layer"),
+        Threshold("times", TIMES, "times the variance needed", "a gain may be doubted by a factor of two either way"),
+        Threshold("layers", DEEP, "saturated layers in series", "of trained networks with six, half learnt"),
     )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
@@ -76,7 +81,7 @@ class VarianceTooLarge(Rule):
         if not initial(evidence):
             return
         for layer in fresh_layers(evidence, "recurrent"):
-            width = _hidden(layer)
+            width = _hidden(layer, bounds(evidence.config, "large").ratio)
             if width is None:
                 continue
             radius = math.sqrt(width * layer.moments.variance)
@@ -109,12 +114,12 @@ class VarianceTooLarge(Rule):
         )
 
 
-def _hidden(layer: LayerEvidence) -> int | None:
+def _hidden(layer: LayerEvidence, ratio: float) -> int | None:
     """The width of a hidden matrix: square in each gate, and second of a layer's two."""
     pair = layer.pair
     size = dict(zip(pair.axes, pair.shape, strict=True))
     units = size.get("o", 0) // max(1, len(pair.gates))
-    hidden = pair.role == "recurrent" and units == size.get("i") and deviates(layer, "large")
+    hidden = pair.role == "recurrent" and units == size.get("i") and deviates(layer, "large", ratio)
     return units if hidden else None
 
 

@@ -10,7 +10,7 @@ from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example
 from initaudit.rules.health import health
 from initaudit.rules.remedy import each, expression_of
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import SIGMAS, error_of, fields, fresh_layers, initial, normalised, plain, sigmas
 
 # Numerators of the classical laws: He, LeCun, PyTorch's default, He for tanh's gain 5/3.
@@ -48,12 +48,13 @@ class FansSwapped(Rule):
     severity = "warning"
     phase = "init"
     summary = "the variance fits the scheme exactly when fan-in and fan-out trade places"
+    thresholds = (Threshold("fans", _APART, "larger / smaller fan", "fans closer than this make no difference worth a word"),)
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all the weights of this kind."""
         if not initial(evidence):
             return
-        found = [(x, law) for x in fresh_layers(evidence, "contraction") if (law := _swapped(x))]
+        found = [(x, law) for x in fresh_layers(evidence, "contraction") if (law := _swapped(x, self.limit(evidence, "fans")))]
         found = [(x, law) for x, law in found if plain(x) and not normalised(x)]
         if not found:
             return
@@ -86,12 +87,12 @@ class FansSwapped(Rule):
         return (example("x @ W, initialised as stored", lambda: _products(transposed=False)),)
 
 
-def _swapped(layer: LayerEvidence) -> str:
+def _swapped(layer: LayerEvidence, apart: float) -> str:
     """The law that fits with the fans swapped and not as they are, "" for none."""
     pair, error, variance = layer.pair, error_of(layer), layer.moments.variance
     if tuple(pair.axes) != ("i", "o") or not math.isfinite(error) or not variance > 0:
         return ""
-    if abs(math.log(pair.fan_in / pair.fan_out)) < math.log(_APART):
+    if abs(math.log(pair.fan_in / pair.fan_out)) < math.log(apart):
         return ""
     known = [c / pair.fan_in for c in _LAWS.values()] + [2 / (pair.fan_in + pair.fan_out)]
     if any(abs(variance / v - 1) < SIGMAS * error for v in known):

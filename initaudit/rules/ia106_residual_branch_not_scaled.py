@@ -58,13 +58,14 @@ class ResidualBranchNotScaled(Rule):
             "times the power of the residual stream",
             "twelve unscaled blocks of GPT-2 grow it 40-fold and train",
         ),
+        Threshold("branches", _DEEP, "branches that return to one stream", "two a block, so four transformer blocks"),
     )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""
         if evidence.graph is None or not initial(evidence):
             return
-        stack = _stack(evidence)
+        stack = _stack(evidence, self.limit(evidence, "branches"))
         if stack is None:
             return
         count = len(stack.writers)
@@ -162,7 +163,7 @@ class _Stack:
     growth: float
 
 
-def _stack(evidence: Evidence) -> _Stack | None:
+def _stack(evidence: Evidence, deep: float) -> _Stack | None:
     assert evidence.graph is not None
     nodes = {n.name: n for n in evidence.graph.fx.nodes}
     writers, others = [], []
@@ -178,7 +179,7 @@ def _stack(evidence: Evidence) -> _Stack | None:
             writers.append(layer)
             sums.append(end)
             streams.add(end)
-    if len(writers) < _DEEP or not others:
+    if len(writers) < deep or not others:
         return None
     stds = sorted(x.moments.std for x in others)
     spread = max(stds, key=lambda s: bisect_left(stds, 1.05 * s) - bisect_right(stds, 0.95 * s))

@@ -10,7 +10,7 @@ from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import convs, example, linear, mlp
 from initaudit.rules.health import health, worst
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import SIGMAS, fields, fresh_layers, normalised, power, to_output
 
 # Of the power that a unit receives from fan_in inputs with a common mean, mean²·fan_in comes from the mean of the weights and
@@ -40,10 +40,18 @@ class NonzeroMean(Rule):
     severity = "error"
     phase = "init"
     summary = "the mean of the weights is far from zero for their size"
+    thresholds = (
+        Threshold(
+            "share",
+            _SHARE,
+            "times the power of the spread",
+            "identities with noise and small kernels reach 2 by themselves, torch.rand over 64 inputs 190",
+        ),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all layers of this kind."""
-        off = [x for x in fresh_layers(evidence) if _off(x)]
+        off = [x for x in fresh_layers(evidence) if _off(x, self.limit(evidence, "share"))]
         if not off:
             return
         state = health(evidence)
@@ -90,7 +98,7 @@ def _positive(model: Any) -> None:
         layer.weight.uniform_(0, 1)
 
 
-def _off(layer: LayerEvidence) -> bool:
+def _off(layer: LayerEvidence, share: float) -> bool:
     moments = layer.moments
     if not moments.m2 > 0 or not layer.pair.trainable or moments.count < 64 or to_output(layer):
         return False
@@ -102,4 +110,4 @@ def _off(layer: LayerEvidence) -> bool:
     if moments.zeros > moments.count / 2:
         return False
     significant = abs(moments.mean) * math.sqrt(moments.count) > SIGMAS * moments.std
-    return significant and moments.mean**2 * layer.pair.fan_in > _SHARE * moments.variance
+    return significant and moments.mean**2 * layer.pair.fan_in > share * moments.variance

@@ -11,7 +11,7 @@ from initaudit.measure.blocks import blocks, forget
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import each, expression_of
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, fresh_layers, initial, names
 
 # The largest of 10^9 normal values lies at 6.1 standard deviations: a value at 12 was not drawn.
@@ -44,6 +44,13 @@ class PinnedOutliers(Rule):
     severity = "warning"
     phase = "init"
     summary = "a handful of weights sit exactly at a distant truncation bound"
+    thresholds = (
+        Threshold("far", _FAR, "standard deviations of the bulk", "the largest of a billion normal values lies at 6"),
+        Threshold(
+            "share", _SHARE, "of the values at most", "more at one value are a distribution of its own, quantised or masked"
+        ),
+        Threshold("power", _POWER, "of all other weights together", "below, the layer does what its law made it do: a remark"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all tensors of this kind."""
@@ -52,7 +59,7 @@ class PinnedOutliers(Rule):
         seen = {
             x.tensor: (x, *pinned)
             for x in fresh_layers(evidence, "contraction", "recurrent", "embedding")
-            if (pinned := _pinned(x))
+            if (pinned := _pinned(x, self.limit(evidence, "far"), self.limit(evidence, "share")))
         }
         # One value far out may be a hand's work; the same one in two tensors is a bound.
         bounds = [abs(bound) for _, bound, _, _ in seen.values()]
@@ -72,7 +79,7 @@ class PinnedOutliers(Rule):
                 [expression_of(x) for x, *_ in found],
             )
             + "  # drawn in float32, converted after",
-            severity="warning" if power > _POWER else "info",
+            severity="warning" if power > self.limit(evidence, "power") else "info",
             measured=bound,
             expected=spread,
             related=tuple(x.tensor for x, *_ in found[1:]),
@@ -90,11 +97,11 @@ class PinnedOutliers(Rule):
         return (example("three weights at -2", lambda: mlp(64, 128, 128, 5, gain=0.3, change=_pin)),)
 
 
-def _pinned(layer: LayerEvidence) -> tuple[float, int, float] | None:
+def _pinned(layer: LayerEvidence, far: float, share: float) -> tuple[float, int, float] | None:
     """(value, how many, spread of the bulk), or None. Moments rule most tensors out before anything is read."""
     moments = layer.moments
     largest = max(abs(moments.min), abs(moments.max))
-    if not moments.m2 > 0 or moments.count < 1000 or not largest > 6 * moments.std:
+    if not moments.m2 > 0 or moments.count < 1000 or not largest > min(6.0, far) * moments.std:
         return None
     values = layer.read()
     step = max(1, values.size // _SAMPLE)
@@ -106,7 +113,7 @@ def _pinned(layer: LayerEvidence) -> tuple[float, int, float] | None:
         at += int(np.count_nonzero(size == np.float32(largest)))
         forget(block)
     spread = float(np.median(np.concatenate(picked))) / _NORMAL_MEDIAN
-    if not spread > 0 or largest < _FAR * spread or at > _SHARE * values.size:
+    if not spread > 0 or largest < far * spread or at > share * values.size:
         return None
     return (moments.min if -moments.min >= moments.max else moments.max), at, spread
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import normal_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.structure import last_layers, reading_inputs
 from initaudit.rules.support import SIGMAS, activation_of, apart, error_of, fields, initial, is_fresh, normalised, path_of
 
@@ -21,6 +22,16 @@ _FACTOR = 1.4
 _MANY = 5
 # What drawn tensors of one law may differ by beyond sampling: a truncation, a rounding.
 _ROUNDING = 0.05
+
+
+@dataclass(frozen=True)
+class _Consensus:
+    """What makes one, and what stands apart from it: the rule's thresholds."""
+
+    siblings: float
+    apart: float
+    factor: float
+    rounding: float
 
 
 class OddOneOut(Rule):
@@ -46,6 +57,17 @@ class OddOneOut(Rule):
     severity = "warning"
     phase = "any"
     summary = "a layer's spread differs from that of its siblings in the same role"
+    thresholds = (
+        Threshold("siblings", _SIBLINGS, "layers that agree, at least", "fewer are no consensus"),
+        Threshold("apart", _APART, "of the siblings at most", "more that stand apart are a design"),
+        Threshold("factor", _FACTOR, "in standard deviation", "twice the variance, as He's is of Xavier's"),
+        Threshold(
+            "rounding",
+            _ROUNDING,
+            "of the variance beyond sampling",
+            "what drawn tensors of one law may differ by: a truncation, a rounding",
+        ),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each group of siblings."""
@@ -62,17 +84,23 @@ class OddOneOut(Rule):
             shapes.setdefault((*role, layer.pair.shape, layer.pair.groups), []).append(layer)
             if layer.tensor not in ends and evidence.graph is not None:
                 roles.setdefault(role, []).append(layer)
+        consensus = _Consensus(
+            self.limit(evidence, "siblings"),
+            self.limit(evidence, "apart"),
+            self.limit(evidence, "factor"),
+            self.limit(evidence, "rounding"),
+        )
         named: set[str] = set()
         for siblings in (*shapes.values(), *roles.values()):
-            if len(siblings) <= _SIBLINGS or not all(is_fresh(evidence, x) for x in siblings):
+            if len(siblings) <= consensus.siblings or not all(is_fresh(evidence, x) for x in siblings):
                 continue
-            for finding in self._judge(evidence, siblings):
+            for finding in self._judge(evidence, siblings, consensus):
                 if not named & {finding.tensor, *finding.related}:
                     named |= {finding.tensor, *finding.related}
                     yield finding
 
-    def _judge(self, evidence: Evidence, siblings: list[LayerEvidence]) -> Iterator[Finding]:
-        found = _odd(siblings)
+    def _judge(self, evidence: Evidence, siblings: list[LayerEvidence], consensus: _Consensus) -> Iterator[Finding]:
+        found = _odd(siblings, consensus)
         if found is None:
             return
         odd, agree, middle, law = found
@@ -124,7 +152,9 @@ def _role(layer: LayerEvidence) -> tuple[object, ...]:
     return (pair.operator, pair.axes, pair.groups > 1, activation_of(layer), path_of(layer))
 
 
-def _odd(siblings: list[LayerEvidence]) -> tuple[list[LayerEvidence], list[LayerEvidence], LayerEvidence, _Law] | None:
+def _odd(
+    siblings: list[LayerEvidence], consensus: _Consensus
+) -> tuple[list[LayerEvidence], list[LayerEvidence], LayerEvidence, _Law] | None:
     """(those apart, those that agree, the one in the middle, the law by which they agree); None where there is no such law.
 
     Under the first law that most follow; whoever is apart has to be so under every such law.
@@ -137,11 +167,13 @@ def _odd(siblings: list[LayerEvidence]) -> tuple[list[LayerEvidence], list[Layer
         odd: list[LayerEvidence] = []
         agree: list[LayerEvidence] = []
         for x in siblings:
-            (odd if _distance(x, middle, law) > _FACTOR else agree).append(x)
-        if len(odd) > max(1, _APART * len(siblings)) or len(agree) < _SIBLINGS:
+            (odd if _distance(x, middle, law) > consensus.factor else agree).append(x)
+        if len(odd) > max(1, consensus.apart * len(siblings)) or len(agree) < consensus.siblings:
             continue
-        close = all(_distance(x, middle, law, slack=True) == 1 for x in agree)
-        loose = one_shape and len(agree) >= _MANY and max(_distance(x, middle, law) for x in agree) <= math.sqrt(_FACTOR)
+        close = all(_distance(x, middle, law, slack=consensus.rounding) == 1 for x in agree)
+        loose = (
+            one_shape and len(agree) >= _MANY and max(_distance(x, middle, law) for x in agree) <= math.sqrt(consensus.factor)
+        )
         if not (close or loose):
             continue
         if not odd:
@@ -153,11 +185,11 @@ def _odd(siblings: list[LayerEvidence]) -> tuple[list[LayerEvidence], list[Layer
     return first
 
 
-def _distance(layer: LayerEvidence, middle: LayerEvidence, law: _Law, *, slack: bool = False) -> float:
+def _distance(layer: LayerEvidence, middle: LayerEvidence, law: _Law, *, slack: float = 0.0) -> float:
     """The factor between two standard deviations, at least 1; exactly 1 where sampling (and rounding) may have made it."""
     apart = abs(math.log(layer.moments.variance * law(layer) / (middle.moments.variance * law(middle))))
     error = math.hypot(error_of(layer), error_of(middle))
-    return 1.0 if apart <= SIGMAS * error + (_ROUNDING if slack else 0.0) else math.exp(apart / 2)
+    return 1.0 if apart <= SIGMAS * error + slack else math.exp(apart / 2)
 
 
 def _forget(model: Any) -> None:

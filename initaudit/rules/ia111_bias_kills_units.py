@@ -10,12 +10,13 @@ import numpy as np
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import each, parameter
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, normalised
 
 # A sum of many inputs is normal: beyond four standard deviations a unit is on for one input in thirty thousand.
 _DEVIATIONS = 4.0
 _SOME, _MOST = 0.1, 0.5
+_TRAINED = 0.9  # training uses large negative biases to switch units off that are not needed
 _SHIFTED = 4.0  # standard errors of the mean below zero
 # Activations that are exactly flat far on the left.
 _OFF_BELOW = ("relu", "relu6", "squared_relu", "hardswish", "hardsigmoid", "clip")
@@ -42,15 +43,37 @@ class BiasKillsUnits(Rule):
     severity = "error"
     phase = "any"
     summary = "the bias outweighs everything the weights can send; the unit never activates"
+    thresholds = (
+        Threshold(
+            "deviations",
+            _DEVIATIONS,
+            "standard deviations of what the weights send",
+            "beyond four a unit is on for one input in thirty thousand",
+        ),
+        Threshold(
+            "mean", _SHIFTED, "standard errors of the mean below zero", "biases about zero kill half of the units at most"
+        ),
+        Threshold("share", _SOME, "of the units", "a tenth"),
+        Threshold("error", _MOST, "of the units", "most of the layer is off"),
+        Threshold(
+            "trained",
+            _TRAINED,
+            "of the units of a trained layer",
+            "training switches off units that are not needed: below, a remark",
+        ),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all layers of this kind."""
-        found = [(x, share) for x in evidence.layers if (share := _killed(evidence, x)) > _SOME]
+        limits = self.limit(evidence, "deviations"), self.limit(evidence, "mean")
+        least = max(0.0, self.limit(evidence, "share"))
+        found = [(x, share) for x in evidence.layers if (share := _killed(evidence, x, *limits)) > least]
         if not found:
             return
         layer, share = found[0]
         bias = layer.pair.bias or ""
         values = evidence.checkpoint.arrays[bias].read().astype(np.float64)
+        matters = evidence.phase != "trained" or share > self.limit(evidence, "trained")
         spread = math.sqrt(layer.records[0].input_moment2 or 0) * math.sqrt(layer.moments.moment2 * layer.pair.fan_in)
         yield self.finding(
             f"{100 * share:.0f} % of the units never activate: the biases average {values.mean():.3g}, and what the "
@@ -58,8 +81,7 @@ class BiasKillsUnits(Rule):
             f"standard deviation of {spread:.3g}, {abs(values.mean()) / max(spread, 1e-30):.3g} times less; such units and "
             "their biases get no gradient",
             each("torch.nn.init.zeros_({})", [parameter(evidence, x.pair.bias or "") for x, _ in found]),
-            # Trained networks use large negative biases to switch units off that are not needed.
-            severity=("error" if share > _MOST else "warning") if evidence.phase != "trained" or share > 0.9 else "info",
+            severity=("error" if share > self.limit(evidence, "error") else "warning") if matters else "info",
             measured=float(values.mean()),
             expected=0.0,
             related=(bias, *(x.tensor for x, _ in found[1:])),
@@ -80,7 +102,7 @@ class BiasKillsUnits(Rule):
         return (example("biases of -9", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-9))),)
 
 
-def _killed(evidence: Evidence, layer: LayerEvidence) -> float:
+def _killed(evidence: Evidence, layer: LayerEvidence, deviations: float, shifted: float) -> float:
     """The share of units that their bias switches off."""
     pair = layer.pair
     off = next((f for f in layer.feeds if f.activation.name in _OFF_BELOW), None)
@@ -98,7 +120,7 @@ def _killed(evidence: Evidence, layer: LayerEvidence) -> float:
         return 0.0
     rows = np.moveaxis(weight, axes[0], 0).reshape(bias.size, -1)
     # A law about zero kills at most half of the units, however small the inputs still are: the other half lets them grow.
-    if bias.mean() > -_SHIFTED * bias.std() / math.sqrt(bias.size):
+    if bias.mean() > -shifted * bias.std() / math.sqrt(bias.size):
         return 0.0
     reach = np.sqrt((rows**2).sum(1) * power)
-    return min(float(np.mean(bias < -_DEVIATIONS * reach - 1e-12)), signal.dead)
+    return min(float(np.mean(bias < -deviations * reach - 1e-12)), signal.dead)

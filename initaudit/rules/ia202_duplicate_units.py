@@ -11,7 +11,7 @@ from initaudit.measure.symmetry import duplicate_rows
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.structure import readers
 from initaudit.rules.support import fields, initial
 
@@ -49,6 +49,13 @@ class DuplicateUnits(Rule):
     severity = "error"
     phase = "any"
     summary = "units with the same incoming and outgoing weights, which get the same gradient for ever"
+    thresholds = (
+        Threshold("share", _SOME, "of the units", "a fiftieth of copies costs capacity worth a warning"),
+        Threshold("error", _MANY, "of the units", "with a tenth of copies the layer is broken"),
+        Threshold(
+            "weights", _LEAST, "weights of a unit, at least", "fewer can be equal by chance where values are rounded to 16 bits"
+        ),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each weight."""
@@ -64,20 +71,20 @@ class DuplicateUnits(Rule):
             units = max(seen, key=lambda u: u.distinct, default=None)
             if units is None or units.distinct >= units.count or layer.moments.m2 == 0 or not layer.pair.trainable:
                 continue
-            if layer.moments.count / units.count < _LEAST:
+            if layer.moments.count / units.count < self.limit(evidence, "weights"):
                 continue
             # Rows of zeros are dead units, not copies: another rule's.
             copies = units.count - units.distinct - max(0, _zero_rows(layer) - 1)
-            if copies < max(1.0, _SOME * units.count):
+            if copies < max(1.0, self.limit(evidence, "share") * units.count):
                 continue
-            yield self._copies(layer, copies, units.count, "equal weights, biases and gradients in the probe")
+            yield self._copies(evidence, layer, copies, units.count, "equal weights, biases and gradients in the probe")
 
-    def _copies(self, layer: LayerEvidence, copies: int, units: int, why: str) -> Finding:
+    def _copies(self, evidence: Evidence, layer: LayerEvidence, copies: int, units: int, why: str) -> Finding:
         return self.finding(
             f"{copies} of {units} units ({100 * copies / units:.0f} %) are copies of others, or their negatives: {why}, so "
             f"they stay equal for ever and the layer works as one of {units - copies}; no draw gives two equal units",
             init_line(layer),
-            severity="error" if copies >= _MANY * units else "warning",
+            severity="error" if copies >= self.limit(evidence, "error") * units else "warning",
             measured=float(units - copies),
             expected=float(units),
             **fields(layer),
@@ -90,7 +97,7 @@ class DuplicateUnits(Rule):
                 continue
             behind = readers(evidence, layer)
             rows = _rows_of(layer)
-            if not behind or len(rows) < 2 or rows.shape[1] < _LEAST or not initial(evidence):
+            if not behind or len(rows) < 2 or rows.shape[1] < self.limit(evidence, "weights") or not initial(evidence):
                 continue
             blocks = [rows, *_bias_of(evidence, layer, len(rows)), *(_columns_of(x) for x in behind)]
             if any(len(b) != len(rows) for b in blocks):
@@ -99,8 +106,8 @@ class DuplicateUnits(Rule):
             odd = all(_is_odd(f) for f in layer.feeds)
             alive = rows.astype(bool).any(axis=1)
             copies = sum(len(g) - 1 for g in duplicate_rows(scaled[alive], sign=odd, tolerance=_NEAR))
-            if copies >= max(1.0, _SOME * len(rows)):
-                yield self._copies(layer, copies, len(rows), "equal weights in, equal biases and equal weights out")
+            if copies >= max(1.0, self.limit(evidence, "share") * len(rows)):
+                yield self._copies(evidence, layer, copies, len(rows), "equal weights in, equal biases and equal weights out")
 
     @classmethod
     def valid(cls) -> tuple[Example, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.structure import readers, reading_inputs
 from initaudit.rules.support import fields, initial, normalised, to_output
 
@@ -44,16 +44,17 @@ class DeadUnits(Rule):
     severity = "warning"
     phase = "any"
     summary = "whole rows or columns are zero"
+    thresholds = (Threshold("units", _LEAST, "units, at least", "one may be zero by design: a padding class, a null token"),)
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each weight."""
-        inputs = reading_inputs(evidence)
+        inputs, least = reading_inputs(evidence), self.limit(evidence, "units")
         for layer in evidence.layers:
             if layer.pair.role not in ("contraction", "recurrent") or not layer.moments.m2 > 0 or not layer.pair.trainable:
                 continue
-            rows = _zeros_along(layer, "o")
-            if rows is None or rows.sum() < _LEAST:
-                yield from self._columns(layer, inputs)
+            rows = _zeros_along(layer, "o", least)
+            if rows is None or rows.sum() < least:
+                yield from self._columns(layer, inputs, least)
                 continue
             why = self._stuck(evidence, layer, rows)
             yield self.finding(
@@ -65,11 +66,11 @@ class DeadUnits(Rule):
                 **fields(layer),
             )
 
-    def _columns(self, layer: LayerEvidence, inputs: frozenset[str]) -> Iterator[Finding]:
+    def _columns(self, layer: LayerEvidence, inputs: frozenset[str], least: float) -> Iterator[Finding]:
         if layer.tensor in inputs or layer.pair.groups > 1:
             return
-        columns = _zeros_along(layer, "i")
-        if columns is not None and columns.sum() >= _LEAST:
+        columns = _zeros_along(layer, "i", least)
+        if columns is not None and columns.sum() >= least:
             yield self.finding(
                 f"{int(columns.sum())} of the {columns.size} units that this weight reads are read with zeros only; they are "
                 "heard again as soon as these weights have learnt",
@@ -134,11 +135,11 @@ def _passes_zero(feed: Feeds) -> bool:
     return function is not None and abs(float(function(np.zeros(1))[0])) < 1e-12
 
 
-def _zeros_along(layer: LayerEvidence, letter: str) -> np.ndarray[Any, Any] | None:
-    """Which slices along the axis of this letter have only zeros; None where there cannot be two of them, or no one axis."""
+def _zeros_along(layer: LayerEvidence, letter: str, least: float = 1) -> np.ndarray[Any, Any] | None:
+    """Which slices along the axis of this letter have only zeros; None without one axis, or with too few zeros."""
     pair = layer.pair
     axes = [i for i, a in enumerate(pair.axes) if a == letter]
-    if len(axes) != 1 or layer.moments.zeros < _LEAST * layer.moments.count // max(1, pair.shape[axes[0]]):
+    if len(axes) != 1 or layer.moments.zeros < least * layer.moments.count // max(1, pair.shape[axes[0]]):
         return None
     others = tuple(i for i in range(len(pair.axes)) if i != axes[0])
     return np.asarray(~np.logical_or.reduce(layer.read(), axis=others))

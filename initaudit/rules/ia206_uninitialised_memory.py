@@ -11,13 +11,14 @@ import numpy as np
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
 from initaudit.rules.remedy import reset_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import initial
 
 # Values of a drawn or trained weight lie within a few powers of ten of each other. Arbitrary bytes are spread evenly over the
 # exponents: a fifth of float32 lies above 1e23, as much below 1e-23. One in fifty on either side at once is far from both.
 _BOTH = 0.02
-_LIMITS = {"float16": (512.0, 2e-3), "float32": (1e6, 1e-6), "float64": (1e6, 1e-6), "bfloat16": (1e6, 1e-6)}
+_TYPES = ("float16", "float32", "float64", "bfloat16")
+_LIMITS, _LIMITS_OF_HALF = (1e6, 1e-6), (512.0, 2e-3)
 _SAMPLE = 1 << 16
 # Bits 6 to 15 of a float32 that was drawn or trained are ones half of the time, or less often where values were rounded. Those
 # below may repeat the bound's where a uniform law is made of 24 random bits: bit b in a share of 2^-b of the values.
@@ -61,30 +62,60 @@ class UninitialisedMemory(Rule):
     severity = "error"
     phase = "any"
     summary = "the exponents of the values are spread as arbitrary bytes are, not as any distribution is"
+    thresholds = (
+        Threshold(
+            "share", _BOTH, "of the values, on either side", "arbitrary bytes have a fifth on either, a draw or a training none"
+        ),
+        Threshold("large", _LIMITS[0], "value", "of float32, bfloat16 and float64: no draw and no training gives such weights"),
+        Threshold(
+            "small",
+            _LIMITS[1],
+            "value",
+            "of float32, bfloat16 and float64: values of one tensor lie within a few powers of ten",
+        ),
+        Threshold("large-half", _LIMITS_OF_HALF[0], "value", "of float16, which ends at 65504"),
+        Threshold("small-half", _LIMITS_OF_HALF[1], "value", "of float16, which begins at 6e-8"),
+        Threshold(
+            "bit",
+            _OFTEN,
+            "of the values",
+            "of a drawn or trained float32, a lower bit is one in half; an eighth more has a probability of 1e-56",
+        ),
+        Threshold("gap", _GAP, "of the root mean square", "a draw leaves no such gap around zero with a probability of 1e-32"),
+        Threshold(
+            "least",
+            _NOTHING,
+            "largest value",
+            "the smallest standard deviation in use is 1e-10, integers read as float32 end at 3e-39",
+        ),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each tensor."""
+        usual = self.limit(evidence, "large"), self.limit(evidence, "small")
+        limits = {"float16": (self.limit(evidence, "large-half"), self.limit(evidence, "small-half"))}
+        bit, gap = self.limit(evidence, "bit"), self.limit(evidence, "gap")
         for name, moments in evidence.tensors.items():
             array = evidence.checkpoint.arrays.get(name)
-            if array is None or array.dtype not in _LIMITS or moments.size < 16:
+            if array is None or array.dtype not in _TYPES or moments.size < 16:
                 continue
-            large, small = _LIMITS[array.dtype]
+            large, small = limits.get(array.dtype, usual)
             largest = max(abs(moments.min), abs(moments.max)) if moments.count else 0.0
-            if 0 < largest < _NOTHING and moments.min != moments.max and initial(evidence):
+            if 0 < largest < self.limit(evidence, "least") and moments.min != moments.max and initial(evidence):
                 yield self._integers(evidence, name, largest)
                 continue
             if not (moments.nan or moments.inf or largest > large):
                 if moments.count < _FEWEST or abs(moments.mean) >= moments.std:
                     continue
                 if array.dtype == "float32":
-                    yield from self._patterns(evidence, name, _low_bits(array.read()))
+                    yield from self._patterns(evidence, name, _low_bits(array.read(), bit))
                 elif array.dtype == "float16":
-                    yield from self._gap(evidence, name, _free_of_zero(array.read()))
+                    yield from self._gap(evidence, name, _free_of_zero(array.read(), gap))
                 continue
             above, below = _shares(array.read(), large, small)
-            if min(above, below) < _BOTH:
+            if min(above, below) < self.limit(evidence, "share"):
                 if array.dtype == "float32" and moments.count >= _FEWEST:
-                    yield from self._patterns(evidence, name, _low_bits(array.read()))
+                    yield from self._patterns(evidence, name, _low_bits(array.read(), bit))
                 continue
             layer = evidence.layer(name)
             yield self.finding(
@@ -170,7 +201,7 @@ def _shares(values: np.ndarray[Any, Any], large: float, small: float) -> tuple[f
     return float(np.mean(above)), float(np.mean((size < small) & (size > 0)))
 
 
-def _low_bits(values: np.ndarray[Any, Any]) -> tuple[int, float] | None:
+def _low_bits(values: np.ndarray[Any, Any], often: float) -> tuple[int, float] | None:
     """(a bit that is one too often, how often), None where every lower bit is as a draw leaves it.
 
     Looks at runs of values from all over the tensor. Values of which many are equal were quantised and may have any bits.
@@ -181,7 +212,7 @@ def _low_bits(values: np.ndarray[Any, Any]) -> tuple[int, float] | None:
         return None
     shares = ((bits[:, None] >> _BITS) & 1).mean(axis=0)
     most = int(np.argmax(shares))
-    return (int(_BITS[most]), float(shares[most])) if shares[most] > _OFTEN else None
+    return (int(_BITS[most]), float(shares[most])) if shares[most] > often else None
 
 
 def _expected() -> float:
@@ -196,7 +227,7 @@ def _picked(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.concatenate([flat[s : s + _FEWEST // 16] for s in starts])
 
 
-def _free_of_zero(values: np.ndarray[Any, Any]) -> float | None:
+def _free_of_zero(values: np.ndarray[Any, Any], gap: float) -> float | None:
     """The smallest size over the root mean square where the values lie on both sides of a gap around zero, else None.
 
     Values of which many are equal (signs, a few levels) have gaps by design, and zeros are no gap.
@@ -207,7 +238,7 @@ def _free_of_zero(values: np.ndarray[Any, Any]) -> float | None:
     if not _SIDES < positive < 1 - _SIDES or len(np.unique(size)) < 64:
         return None
     least = float(size.min() / math.sqrt(float(np.mean(size**2))))
-    return least if least > _GAP else None
+    return least if least > gap else None
 
 
 def _bytes(model: Any) -> None:

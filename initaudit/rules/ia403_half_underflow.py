@@ -9,7 +9,7 @@ from typing import Any
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, initial, names
 
 # The smallest positive number of each type (subnormal), IEEE 754-2008, table 3.5, and bfloat16's.
@@ -40,6 +40,10 @@ class HalfUnderflow(Rule):
     severity = "warning"
     phase = "any"
     summary = "weights or gradients fall below the smallest number of the dtype"
+    thresholds = (
+        Threshold("share", _ROUNDED, "of the weights", "a tenth that rounds to zero deforms the distribution"),
+        Threshold("near", _NEAR, "times the smallest number", "zeros among numbers of usual size are pruned weights"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each weight, one for the gradients."""
@@ -55,7 +59,7 @@ class HalfUnderflow(Rule):
             if array is not None and array.dtype != kind:
                 # Not cast yet: of N(0, std²) this share lies below half of the smallest number.
                 lost = math.erf(smallest / 2 / math.sqrt(2) / moments.std)
-            if lost > _ROUNDED and largest < _NEAR * smallest:
+            if lost > self.limit(evidence, "share") and largest < self.limit(evidence, "near") * smallest:
                 yield self.finding(
                     f"{100 * lost:.0f} % of the weights are zero in {kind}, whose smallest number is {smallest:.2g}; the "
                     "largest weight is "

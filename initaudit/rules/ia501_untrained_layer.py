@@ -37,7 +37,10 @@ class UntrainedLayer(Rule):
     severity = "error"
     phase = "trained"
     summary = "a layer of a trained checkpoint still has the distribution of a fresh initialization"
-    thresholds = (Threshold("fresh", _FRESH, "of the layers", "with more fresh layers it is a new model"),)
+    thresholds = (
+        Threshold("fresh", _FRESH, "of the layers", "with more fresh layers it is a new model"),
+        Threshold("trained", _TRAINED, "trained layers, at least", "one alone may be mistaken for one, two are a training"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all layers of this kind."""
@@ -47,7 +50,8 @@ class UntrainedLayer(Rule):
         judged = {x.tensor: x for x in evidence.layers if x.recognition is not None and x.pair.role != "embedding"}
         fresh = [x for x in judged.values() if _is_draw(x) and not _stopped(x)]
         trained = [x for x in judged.values() if x.recognition is not None and x.recognition.verdict == "trained"]
-        if not fresh or len(trained) < _TRAINED or len(fresh) > self.limit(evidence, "fresh") * (len(fresh) + len(trained)):
+        most = self.limit(evidence, "fresh") * (len(fresh) + len(trained))
+        if not fresh or len(trained) < self.limit(evidence, "trained") or len(fresh) > most:
             return
         head = all(to_output(x) for x in fresh)
         first = fresh[0]
@@ -76,7 +80,7 @@ class UntrainedLayer(Rule):
         trained = [x for x in evidence.layers if x.recognition is not None and x.recognition.verdict == "trained"]
         cut = [x.tensor for x in trained if x.pair.trainable and silent.issuperset(x.pair.constants)]
         empty = [x for x in evidence.layers if x.moments.count and x.moments.min == x.moments.max == 0 and x.pair.fan_in > 1]
-        if not cut or not empty or len(trained) < _TRAINED:
+        if not cut or not empty or len(trained) < self.limit(evidence, "trained"):
             return
         yield self.finding(
             f"all {empty[0].moments.count:,} values of {names(empty)} are zero, and no gradient reaches {names(cut)} any more, "

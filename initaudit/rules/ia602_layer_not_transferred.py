@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from initaudit.measure.against import Against, Change
 from initaudit.rules.evidence import Evidence
-from initaudit.rules.rule import Finding, Rule
+from initaudit.rules.rule import Finding, Rule, Threshold
 from initaudit.rules.support import HEAD, names, to_output
 
 # Tensors that must have come along before the one that did not is an exception: else NEW was simply not made from BASE.
@@ -34,6 +34,9 @@ class LayerNotTransferred(Rule):
     severity = "warning"
     phase = "any"
     summary = "against a base checkpoint: a layer that should have come along did not, or one that should be new did"
+    thresholds = (
+        Threshold("along", _ALONG, "tensors, at least", "with fewer that came along NEW was simply not made from BASE"),
+    )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for layers drawn anew, one for a checkpoint in which nothing was trained."""
@@ -42,7 +45,7 @@ class LayerNotTransferred(Rule):
             return
         anew = base.of("newly initialised")
         along = base.of("identical", "trained on")
-        if anew and len(along) >= _ALONG:
+        if anew and len(along) >= self.limit(evidence, "along"):
             yield self._not_along(evidence, anew, along)
         elif anew:
             yield self.finding(

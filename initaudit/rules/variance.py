@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from initaudit.config import Config
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.health import Health, Level, health
 from initaudit.rules.support import (
@@ -24,15 +25,17 @@ from initaudit.rules.support import (
 )
 
 # A deviation smaller than this compounds to less than a factor of 10 over ten layers.
-_LEAST = 0.8
+LEAST = 0.8
 # Root mean square slope of a bounded activation, as a share of its steepest slope, below which it passes little; a tanh fed
 # with N(0, 1) has 0.68, a sigmoid 0.83. At 0.55 seven tenths of the gradient's power are lost in each layer.
-_FLAT = 0.55
+FLAT = 0.55
 # So many saturated layers in series are an error. Of networks that were trained, 4 layers of tanh under N(0, 1) learn with the
 # right step size, 6 learn half, 10 learn nothing; sigmoid layers learn less with each from 10 on under SGD.
-_DEEP = 6
+DEEP = 6
 # Both optimizers are more likely to fail than not: whatever deviates then is no mere deviation.
-_LIKELY = 0.5
+LIKELY = 0.5
+# The activation's own gain may be doubted by a factor of two in either direction.
+TIMES = 4.0
 _BOUNDED = ("tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign", "erf", "atan", "relu6")
 
 Side = Literal["small", "large"]
@@ -60,7 +63,36 @@ class Deviation:
         return math.exp(max(-700.0, min(700.0, logs)))
 
 
-def deviates(layer: LayerEvidence, side: Side) -> bool:
+@dataclass(frozen=True)
+class Bounds:
+    """What decides about one side: the thresholds that IA101 (small) and IA102 (large) declare, for IA103 too.
+
+    `ratio` is observed / expected variance, `untrainable` the risk from which every deviation that harms is an error; the
+    others are about saturation: `slope` of the steepest, `times` the variance needed, in `layers` that make an error.
+    """
+
+    ratio: float
+    untrainable: float
+    slope: float
+    times: float
+    layers: float
+
+
+def bounds(config: Config, side: Side) -> Bounds:
+    """The bounds in force."""
+    given = config.thresholds
+    if side == "small":
+        return Bounds(given.get("IA101.ratio", LEAST), given.get("IA101.untrainable", LIKELY), FLAT, TIMES, DEEP)
+    return Bounds(
+        given.get("IA102.ratio", 1 / LEAST),
+        given.get("IA102.untrainable", LIKELY),
+        given.get("IA102.slope", FLAT),
+        given.get("IA102.times", TIMES),
+        given.get("IA102.layers", DEEP),
+    )
+
+
+def deviates(layer: LayerEvidence, side: Side, limit: float) -> bool:
     """Whether the variance is off on this side beyond sampling error, at a place where its scale reaches the activation."""
     ratio, error = ratio_of(layer), error_of(layer)
     if ratio is None or not ratio > 0 or not math.isfinite(error) or not layer.pair.trainable:
@@ -68,15 +100,16 @@ def deviates(layer: LayerEvidence, side: Side) -> bool:
     if normalised(layer) or not plain(layer) or "attention" in path_of(layer) or activation_of(layer) == "softmax":
         return False
     if side == "small":
-        return ratio < _LEAST and ratio * (1 + SIGMAS * error) < 1
-    return ratio > 1 / _LEAST and ratio * (1 - SIGMAS * error) > 1
+        return ratio < limit and ratio * (1 + SIGMAS * error) < 1
+    return ratio > limit and ratio * (1 - SIGMAS * error) > 1
 
 
 def deviation(evidence: Evidence, side: Side) -> Deviation | None:
     """The layers whose deviation harms, by what the probe saw; None where nothing does."""
     if not initial(evidence):
         return None
-    off = [x for x in fresh_layers(evidence) if deviates(x, side) and not to_output(x)]
+    limits = bounds(evidence.config, side)
+    off = [x for x in fresh_layers(evidence) if deviates(x, side, limits.ratio) and not to_output(x)]
     if not off:
         return None
     state = health(evidence)
@@ -84,14 +117,14 @@ def deviation(evidence: Evidence, side: Side) -> Deviation | None:
         level, text = state.vanishing, vanishing_text(state)
     else:
         level, text = state.exploding, exploding_text(state)
-        if not level and (flat := [x for x in off if saturates(evidence, x)]):
+        if not level and (flat := [x for x in off if saturates(evidence, x, limits)]):
             slope = slope_of(evidence, flat[0]) or 0.0
-            off, level = flat, "error" if len(flat) >= _DEEP else "warning"
+            off, level = flat, "error" if len(flat) >= limits.layers else "warning"
             text = f"their activations are in the flat part for most inputs (slope {slope:.2g} of the steepest)"
     if not level:
         return None
     risk = evidence.risk
-    if risk is not None and min(risk.untrainable_sgd, risk.untrainable_adam) > _LIKELY:
+    if risk is not None and min(risk.untrainable_sgd, risk.untrainable_adam) > limits.untrainable:
         level = "error"
     # Of layers that are off, those matter that carry the harm: what compounds most.
     strongest = max(abs(math.log(ratio_of(x) or 1)) for x in off)
@@ -135,11 +168,10 @@ def slope_of(evidence: Evidence, layer: LayerEvidence) -> float | None:
     return None
 
 
-def saturates(evidence: Evidence, layer: LayerEvidence) -> bool:
+def saturates(evidence: Evidence, layer: LayerEvidence, limits: Bounds) -> bool:
     """Whether a bounded activation behind this layer passes little because the weights drive it into its flat part."""
     slope, ratio = slope_of(evidence, layer), ratio_of(layer)
-    # Four times the variance: the activation's own gain may be doubted by a factor of two in either direction.
-    return slope is not None and slope < _FLAT and ratio is not None and ratio > 4
+    return slope is not None and slope < limits.slope and ratio is not None and ratio > limits.times
 
 
 def similar(layers: Sequence[LayerEvidence], key: Callable[[LayerEvidence], object]) -> list[LayerEvidence]:
