@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from initaudit import audit
-from initaudit.errors import UnsupportedOperator
+from initaudit.errors import UnreadableModel, UnsupportedOperator
 from initaudit.graph.allowed import exported_target, overload, packet
+from initaudit.graph.sound import check
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"
@@ -184,11 +185,80 @@ def test_trust_runs_what_the_reader_refuses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["set_", "resize_", "from_file", "_local_scalar_dense", "relu.default", "__class__", "", "record_stream"]
+    "name",
+    [
+        *(
+            "set_",
+            "resize_",
+            "from_file",
+            "_local_scalar_dense",
+            "relu.default",
+            "__class__",
+            "",
+            "record_stream",
+            "save",
+            "wait",
+        ),
+        *("manual_seed", "set_data", "_reshape_alias", "as_strided", "native_batch_norm", "ctc_loss", "_pad_packed_sequence"),
+        *("max_pool2d_with_indices_backward", "embedding_dense_backward", "gelu_backward", "_convert_indices_from_coo_to_csr"),
+        *("fractional_max_pool2d", "segment_reduce", "to_sparse", "_upsample_bilinear2d_aa", "_nested_view_from_buffer_copy"),
+    ],
 )
 def test_operators_that_a_file_may_not_call(name: str) -> None:
     with pytest.raises(UnsupportedOperator):
         packet(name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True, "num_layers": 2}, {"proj_size": 3, "num_layers": 2}, {"bias": False}, {"batch_first": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN], ids=lambda kind: kind.__name__)
+def test_recurrent_weights_are_measured_before_a_kernel_trusts_them(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    if "proj_size" in options and kind is not nn.LSTM:
+        return
+    layer = kind(4, 8, **options)
+    name = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[kind.__name__]
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    h, c = torch.zeros(count, 5, layer.proj_size or 8), torch.zeros(count, 5, 8)
+    x = torch.zeros(5, 3, 4) if layer.batch_first else torch.zeros(3, 5, 4)
+    weights = list(layer._flat_weights)
+
+    def arguments(x: torch.Tensor, h: torch.Tensor, weights: list[torch.Tensor]) -> tuple[Any, ...]:
+        state = [h, c] if name == "lstm" else h
+        return x, state, weights, layer.bias, layer.num_layers, 0.0, False, layer.bidirectional, layer.batch_first
+
+    check(name, arguments(x, h, weights), {})
+    getattr(torch.ops.aten, name)(*arguments(x, h, weights))
+    for place, weight in enumerate(weights):
+        with pytest.raises(UnreadableModel):
+            check(name, arguments(x, h, [*weights[:place], weight[:1], *weights[place + 1 :]]), {})
+    for wrong in (arguments(x, h[:, :1], weights), arguments(x[..., :2], h, weights), arguments(x, h, weights[:-1])):
+        with pytest.raises(UnreadableModel):
+            check(name, wrong, {})
+
+
+def test_attention_needs_a_value_for_every_key() -> None:
+    q = torch.zeros(1, 2, 4, 8)
+    check("scaled_dot_product_attention", (q, q, q), {})
+    with pytest.raises(UnreadableModel):
+        check("scaled_dot_product_attention", (q, q, q[:, :, :1]), {})
+    with pytest.raises(UnreadableModel):
+        check("_weight_norm", (torch.zeros(5, 4), torch.zeros(1, 1), 0), {})
+
+
+def test_a_decomposed_program_is_paired_as_its_module(tmp_path: Path) -> None:
+    """What decompositions write are kernels that check nothing: others are called in their place."""
+    module = seeded(
+        lambda: nn.Sequential(Block(3), nn.Flatten(2), nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True))
+    )
+    program = torch.export.export(module.eval(), (torch.randn(2, 3, 4, 4),)).run_decompositions()
+    torch.export.save(program, tmp_path / "x.pt2")
+    assert any("legit_no_training" in str(node.target) for node in program.graph.nodes)
+    found = audit(tmp_path / "x.pt2")
+    assert any(note.startswith("paired through") for note in found.report.notes), found.report.notes
+    assert {layer.operator for layer in found.layers} >= {"conv", "linear"}
 
 
 def test_operators_that_write_to_what_they_are_given_as_output() -> None:
@@ -257,6 +327,16 @@ HOSTILE_CODE = {
     "a list that is too long": "y = torch.mul([1], 10000000000)\nreturn x",
     "a power that is too large": "y = torch.pow(9, torch.pow(9, 9))\nreturn x",
     "numbers that double": "y = 3\nfor i in range(100000000):\n  y = torch.mul(y, y)\nreturn x",
+    "lists within lists": "y = [1]\nfor i in range(60):\n  y = [y, y]\nz = torch.str(y)\nreturn x",
+    "lists within lists, compared": "y = [1]\nz = [1]\nfor i in range(60):\n  y = [y, y]\n"
+    "  z = [z, z]\nif y == z:\n  w = 1\nreturn x",
+    "lists within lists, returned": "y = [x]\nfor i in range(60):\n  y = [y, y]\nreturn y",
+    "a list within itself": "y = [x]\nz = torch.append(y, y)\nreturn y",
+    "tensors that double": "y = [x]\nfor i in range(60):\n  z = torch.extend(y, y)\nreturn x",
+    "a range that is too long": "y = list(range(1000000000000))\nreturn x",
+    "memory beyond the end": "return torch._reshape_alias(x, [100000000], [1])",
+    "weights that are too few": "h = torch.zeros([1, 1, 8])\nreturn (torch.lstm(torch.zeros([3, 50, 4]), [h, h], "
+    "[torch.zeros([32, 4]), torch.zeros([1, 8])], False, 1, 0., False, False, False))[0]",
     "brackets": "return " + "(" * 5000 + "x" + ")" * 5000,
     "no code": "return return",
     "signs": "return " + "-" * 200_000 + "1",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,17 +17,49 @@ from torch.utils import _pytree as pytree
 from initaudit.errors import LimitExceeded, UnsupportedOperator
 from initaudit.load.spans import show
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*|__[a-z]+__|_[a-z][a-z0-9_]*", re.IGNORECASE)
-# from_file maps a file; set_ and resize_ change which memory a tensor stands on; _-names are kernels that trust their callers,
-# but for those that torch itself writes into graphs.
-_REFUSED = re.compile("from_file|set_?|record_stream|.*(resize|storage|mkldnn|cudnn|miopen|quantize|nested).*")
-_INNER = re.compile(
-    "_(convolution(_mode)?|softmax|log_softmax|safe_softmax|native_batch_norm_legit(_no_training)?|batch_norm_impl_index|"
-    "to_copy|unsafe_view|reshape_alias|weight_norm(_interface)?|adaptive_avg_pool[23]d|trilinear|upsample_(bilinear|bicubic)2d_aa|"
-    "upsample_nearest_exact[123]d|scaled_dot_product_(flash_attention_for_cpu|efficient_attention)|fused_rms_norm|grouped_mm|"
-    "cdist_forward|conj|shape_as_tensor|assert_(tensor_metadata|scalar|async)|cast_[A-Z][a-z]+|prelu_kernel|"
-    "(pack|pad)_(padded|packed)_sequence|fft_[rc]2[rc]|euclidean_dist|unsafe_index(_put)?|linalg_(svd|det))"
-)
+# Operators that are neither pointwise, a reduction, a copying view nor of the core set: those of torch.nn and of reshaping. An
+# operator stands here if it checks what it is given by itself, or is checked by `sound.check`. Whatever trusts its caller does
+# not: kernels of a backward pass, aten::_reshape_alias, fractional pooling, packed sequences, anti-aliased resizing write or
+# read beyond their tensors; and aten::save, from_file or manual_seed have nothing to do with a graph.
+_NAMES = """
+linear bilinear matmul mm bmm mv dot vdot addmm baddbmm addbmm addmv addr inner outer ger tensordot einsum conv1d conv2d
+conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc convolution _convolution _convolution_mode embedding
+one_hot lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell cdist _cdist_forward _euclidean_dist
+pairwise_distance cosine_similarity batch_norm _batch_norm_impl_index instance_norm layer_norm native_layer_norm group_norm
+native_group_norm rms_norm norm frobenius_norm _weight_norm linalg_vector_norm linalg_norm linalg_matrix_norm linalg_matmul
+linalg_vecdot linalg_inv inverse linalg_solve linalg_cholesky linalg_qr linalg_det det slogdet linalg_cross cross trace
+softmax log_softmax _softmax _log_softmax _safe_softmax scaled_dot_product_attention glu prelu relu6 selu celu silu mish
+rrelu softplus softshrink hardshrink hardsigmoid hardswish log_sigmoid threshold logit dropout feature_dropout alpha_dropout
+feature_alpha_dropout native_dropout max_pool1d max_pool2d max_pool3d max_pool1d_with_indices avg_pool1d avg_pool2d
+avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+adaptive_max_pool3d max_unpool2d max_unpool3d pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
+replication_pad1d replication_pad2d replication_pad3d im2col col2im unfold pixel_shuffle pixel_unshuffle channel_shuffle
+upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d grid_sampler
+grid_sampler_2d grid_sampler_3d affine_grid_generator view view_as reshape reshape_as _unsafe_view flatten unflatten ravel
+squeeze unsqueeze t numpy_T mT transpose swapaxes swapdims movedim moveaxis permute adjoint expand expand_as broadcast_to
+broadcast_tensors sum_to_size repeat tile repeat_interleave roll rot90 flip fliplr flipud chunk unsafe_chunk tensor_split
+split split_with_sizes unsafe_split unsafe_split_with_sizes hsplit vsplit dsplit unbind narrow select slice diag diag_embed
+diagonal diagonal_scatter slice_scatter select_scatter tril triu tril_indices triu_indices stack hstack vstack dstack
+column_stack row_stack cat concat concatenate meshgrid atleast_1d atleast_2d atleast_3d block_diag index index_select
+index_add index_copy index_fill index_put _unsafe_index _unsafe_index_put gather take scatter scatter_add scatter_reduce
+masked_fill masked_scatter masked_select where nonzero argwhere sort argsort topk msort kthvalue median nanmedian mode
+cummax cummin cumsum cumprod logcumsumexp logsumexp max min aminmax amax amin argmax argmin all any sum mean prod var std
+var_mean std_mean nansum nanmean count_nonzero quantile searchsorted bucketize isin isclose allclose equal
+unique_consecutive diff trapezoid to _to_copy type_as contiguous clone detach alias lift lift_fresh lift_fresh_copy copy
+zero fill fill_diagonal item is_nonzero _cast_Byte _cast_Char _cast_Double _cast_Float _cast_Half _cast_Int _cast_Long
+_cast_Short real imag complex conj _conj resolve_conj resolve_neg view_as_real view_as_complex polar angle fft_fft fft_ifft
+fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn fft_fftshift
+fft_ifftshift fft_fftfreq fft_rfftfreq stft istft hann_window hamming_window zeros ones full eye empty linspace logspace
+arange range tensor as_tensor scalar_tensor rand randn randint randperm zeros_like ones_like full_like empty_like rand_like
+randn_like randint_like new_zeros new_ones new_full new_empty bernoulli normal uniform exponential multinomial mse_loss
+l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits cross_entropy_loss nll_loss
+nll_loss_nd kl_div size stride numel dim sym_size sym_stride sym_numel is_floating_point is_complex is_same_size
+_shape_as_tensor sym_constrain_range sym_constrain_range_for_size _assert_tensor_metadata _assert_scalar _assert_async
+"""
+_LISTED = frozenset(_NAMES.split())
+_LOGIC = frozenset(f"__{name}__" for name in ("and", "or", "xor", "iand", "ior", "ixor", "lshift", "rshift"))
+_TAGS = (torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy)
 # What torch.export writes for arithmetic on symbolic sizes; no power, which can take for ever
 _ON_NUMBERS: Mapping[str, Callable[..., Any]] = {
     **{
@@ -58,16 +89,26 @@ def exported_target(target: str) -> Callable[..., Any]:
 
 
 def packet(name: str) -> torch._ops.OpOverloadPacket:
-    """`torch.ops.aten.NAME`; raises UnsupportedOperator for a name that is refused or unknown."""
-    inner = name.removesuffix("_")
-    refused = _NAME.fullmatch(name) is None or (
-        name[:1] == "_" and _INNER.fullmatch(inner) is None and not name.startswith("__")
-    )
-    if not refused and _REFUSED.fullmatch(name) is None:
+    """`torch.ops.aten.NAME`; raises UnsupportedOperator for a name that is not allowed."""
+    listed = _base(name) in _LISTED or name in _LOGIC
+    if listed or (name.isidentifier() and not name.startswith("_")):
         found = getattr(torch.ops.aten, name, None)
-        if isinstance(found, torch._ops.OpOverloadPacket):
+        if isinstance(found, torch._ops.OpOverloadPacket) and (listed or _tagged(found)):
             return found
     raise UnsupportedOperator(f"aten.{show(name)}", "an operator that a graph out of a file may not call")
+
+
+def _base(name: str) -> str:
+    """An operator in place does to its first argument what its namesake computes."""
+    return name[:-1] if name.endswith("_") else name
+
+
+def _tagged(found: torch._ops.OpOverloadPacket) -> bool:
+    """Whether every form works element by element, over whole axes, or only moves elements: torch's iterators check those."""
+    if "backward" in found.__name__:
+        return False
+    forms = [getattr(found, form) for form in found.overloads()]  # type: ignore[no-untyped-call]
+    return bool(forms) and any(any(tag in form.tags for tag in _TAGS) for form in forms)
 
 
 def overload(name: str, variant: str) -> torch._ops.OpOverload:

@@ -17,12 +17,31 @@ from torch.fx import traceback
 
 from initaudit.errors import UnreadableModel, UnsupportedOperator
 from initaudit.graph.allowed import exported_target
+from initaudit.graph.sound import check
 from initaudit.load.exported_graph import Body, ExportedGraph, Place, Ref, Step, Word
 from initaudit.load.spans import show
 
 # Regions that switch a mode for their body: how many arguments stand before the body
 _REGIONS = {"torch.ops.higher_order.wrap_with_set_grad_enabled": 1, "torch.ops.higher_order.wrap_with_autocast": 4}
 _SEQUENCE, _BATCH = 16, 8
+# Kernels that trust their callers, written by torch's decompositions: the function that checks, and its arguments by the names
+# that the kernel gives them ("=" before a value). Only the first result means the same.
+_CALLED_INSTEAD: Mapping[str, tuple[str, str]] = {
+    "torch.ops.aten._native_batch_norm_legit_no_training.default": (
+        "torch.ops.aten.batch_norm.default",
+        "input weight bias running_mean running_var =False momentum eps =False",
+    ),
+    "torch.ops.aten._native_batch_norm_legit_functional.default": (
+        "torch.ops.aten.batch_norm.default",
+        "input weight bias running_mean running_var training momentum eps =False",
+    ),
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default": (
+        "torch.ops.aten.scaled_dot_product_attention.default",
+        "query key value attn_mask dropout_p is_causal",
+    ),
+    "torch.ops.aten._fused_rms_norm.default": ("torch.ops.aten.rms_norm.default", "input normalized_shape weight eps"),
+    "torch.ops.aten._weight_norm_interface.default": ("torch.ops.aten._weight_norm.default", "v g dim"),
+}
 
 
 class ReadProgram(nn.Module):
@@ -73,7 +92,16 @@ class ExportedModule(ReadProgram):
     def run(self, *inputs: Any) -> Any:
         """Runs the graph on the tensors that the module holds now; whoever traces it learns which module each call is of."""
         with traceback.preserve_node_meta():
-            return fx.Interpreter(nn.Module(), graph=self.made).run(*map(self.held, self.names), *inputs)
+            return _Checked(nn.Module(), graph=self.made).run(*map(self.held, self.names), *inputs)
+
+
+class _Checked(fx.Interpreter):
+    """Looks at the shapes that an operator of ATen does not look at itself."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(target, torch._ops.OpOverload):
+            check(target._schema.name.partition("::")[2], args, kwargs)
+        return super().call_function(target, args, kwargs)
 
 
 def _signed(signature: inspect.Signature) -> Any:
@@ -157,6 +185,9 @@ class _Copy:
         return [self._value(value) for value in body.outputs]
 
     def _call(self, step: Step) -> None:
+        if step.target in _CALLED_INSTEAD:
+            self._instead(step)
+            return
         target = exported_target(step.target)
         args = tuple(self._value(value) for _, named, value in step.arguments if not named)
         kwargs = {name: self._value(value) for name, named, value in step.arguments if named}
@@ -165,6 +196,26 @@ class _Copy:
         node = self.made.call_function(target, args, kwargs)
         node.meta["nn_module_stack"] = {key: (path, "") for key, path in step.modules}
         self._results(node, step.results)
+
+    def _instead(self, step: Step) -> None:
+        name, words = _CALLED_INSTEAD[step.target]
+        given = {key: self._value(value) for key, _, value in step.arguments}
+        defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "dim": 0}
+        target = exported_target(name)
+        args: list[Any] = []
+        for word in words.split():
+            if word.startswith("="):
+                args.append(word == "=True")
+            elif word in given or word in defaults:
+                args.append(given.get(word, defaults.get(word)))
+            else:
+                raise UnreadableModel(show(step.target), f"no argument {word}")
+        kwargs = {"scale": given["scale"]} if given.get("scale") is not None else {}
+        node = self.made.call_function(target, tuple(args), kwargs)
+        node.meta["nn_module_stack"] = {key: (path, "") for key, path in step.modules}
+        first, *_ = step.results[0] if isinstance(step.results[0], list) else step.results
+        if isinstance(first, Ref):
+            self.known[first.name] = node
 
     def _results(self, node: fx.Node, results: tuple[Any, ...]) -> None:
         if len(results) == 1 and isinstance(results[0], Ref):

@@ -21,6 +21,7 @@ from torch.fx import traceback
 
 from initaudit.errors import LimitExceeded, UnreadableModel, UnsupportedOperator
 from initaudit.graph.from_exported import ReadProgram
+from initaudit.graph.script_numbers import leaves
 from initaudit.graph.script_operators import COMPARISONS, WORDS, call
 from initaudit.graph.script_parts import SHELLS, marker, parsed, shell_of
 from initaudit.load.script_code import Instance, Named, ScriptProgram
@@ -93,7 +94,9 @@ class ScriptModule(ReadProgram):
     def run(self, *inputs: Any) -> Any:
         """Calls the root's forward."""
         with traceback.preserve_node_meta():
-            return self._invoke(self.method(self.program.root, "forward"), list(inputs), {}, _Run())
+            result = self._invoke(self.method(self.program.root, "forward"), list(inputs), {}, _Run())
+        leaves(result)
+        return result
 
     @property
     def learned(self) -> set[str]:
@@ -272,7 +275,9 @@ class ScriptModule(ReadProgram):
             case ast.IfExp():
                 return ev(node.body if ev(node.test) else node.orelse)
             case ast.Compare(ops=[operation], comparators=[other]):
-                return COMPARISONS[type(operation)](ev(node.left), ev(other))
+                sides = ev(node.left), ev(other)
+                leaves(sides)
+                return COMPARISONS[type(operation)](*sides)
             case ast.Slice():
                 return slice(*(None if part is None else ev(part) for part in (node.lower, node.upper, node.step)))
         raise UnsupportedOperator("TorchScript", f"an expression of kind {type(node).__name__}")
@@ -334,6 +339,7 @@ class ScriptModule(ReadProgram):
         if function.name == "getattr":
             return self._attribute(args[0], str(args[1]))
         if special is not None:
+            leaves(args)
             return special(*args)
         if function.name.endswith(".__new__"):
             return Instance(function.name.removesuffix(".__new__"), {})

@@ -17,7 +17,8 @@ from initaudit.errors import LimitExceeded
 MOST_ITEMS = 1 << 20
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
+    """`value`, unless it is a list, a text or a whole number beyond what a size can need; raises LimitExceeded."""
     if isinstance(value, (list, str)) and len(value) > MOST_ITEMS:
         raise LimitExceeded("TorchScript", f"a list of {len(value)} items", f"at most {MOST_ITEMS}")
     if isinstance(value, int) and value.bit_length() > 64:
@@ -25,25 +26,47 @@ def _short(value: Any) -> Any:
     return value
 
 
+def leaves(value: Any) -> list[Any]:
+    """What is in lists, tuples and dictionaries, however deep; raises LimitExceeded for more than a million.
+
+    A list that holds another twice, which holds another twice, has more leaves than could ever be counted: whatever goes
+    through all of them (comparing, printing) has to come after this.
+    """
+    found: list[Any] = []
+    waiting, parts = [value], 0
+    while waiting:
+        one = waiting.pop()
+        if not isinstance(one, (list, tuple, dict)):
+            found.append(one)
+            continue
+        parts += len(one)
+        if parts > MOST_ITEMS:
+            raise LimitExceeded("TorchScript", f"a value of more than {MOST_ITEMS} parts")
+        waiting.extend([*one, *one.values()] if isinstance(one, dict) else one)
+    return found
+
+
 def _times(a: Any, b: Any) -> Any:
     if isinstance(a, (list, str)) and isinstance(b, int) and len(a) * max(b, 0) > MOST_ITEMS:
         raise LimitExceeded("TorchScript", f"a list of {len(a) * b} items", f"at most {MOST_ITEMS}")
-    return _short(a * b)
+    return short(a * b)
 
 
 def _power(a: Any, b: Any) -> Any:
-    return float(a) ** float(b) if isinstance(a, float) or isinstance(b, float) or b < 0 or b > 64 else _short(int(a) ** int(b))
+    return float(a) ** float(b) if isinstance(a, float) or isinstance(b, float) or b < 0 or b > 64 else short(int(a) ** int(b))
 
 
-def _append(items: list[Any], item: Any) -> list[Any]:
+def append(items: list[Any], item: Any) -> list[Any]:
+    """The list, one longer."""
     items.append(item)
-    _short(items)
+    short(items)
     return items
 
 
-def _extend(items: list[Any], more: Sequence[Any]) -> None:
+def extend(items: list[Any], more: Sequence[Any]) -> None:
+    """Puts `more` at the end of the list."""
     items.extend(more)
-    _short(items)
+    short(items)
 
 
 def _slice(items: Any, start: Any = None, end: Any = None, step: int = 1) -> Any:
@@ -58,11 +81,15 @@ def _set(items: Any, place: Any, value: Any) -> Any:
 def _format(text: str, *values: Any) -> str:
     for value in values:  # str.format would look up attributes that the text names
         text = text.replace("{}", str(value)[:200] if isinstance(value, (int, float, str, list)) else "...", 1)
-    return str(_short(text))
+    return str(short(text))
 
 
-def _range(start: int, end: int | None = None, step: int = 1) -> range:
-    return range(start) if end is None else range(start, end, step)
+def bounded_range(*ends: int) -> range:
+    """`range(*ends)`; raises LimitExceeded for more numbers than a list may have."""
+    made = range(*ends)
+    if made and (made[-1] - made[0]) // made.step >= MOST_ITEMS:
+        raise LimitExceeded("TorchScript", f"a range of more than {MOST_ITEMS} numbers")
+    return made
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -71,7 +98,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 _TABLE: Mapping[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("sub", "neg", "eq", "ne", "lt", "le", "gt", "ge", "floordiv", "mod")},
-    "add": lambda a, b: _short(a + b), "mul": _times, "div": operator.truediv, "truediv": operator.truediv,
+    "add": lambda a, b: short(a + b), "mul": _times, "div": operator.truediv, "truediv": operator.truediv,
     "remainder": operator.mod, "pow": _power, "fmod": math.fmod,
     "__and__": operator.and_, "__or__": operator.or_, "__xor__": operator.xor, "__not__": operator.not_, "not_": operator.not_,
     "__is__": operator.is_, "__isnot__": operator.is_not, "__contains__": lambda items, item: item in items,
@@ -80,7 +107,7 @@ _TABLE: Mapping[str, Callable[..., Any]] = {
     "cos": math.cos, "tanh": math.tanh, "abs": abs, "round": round, "min": min, "max": max, "sum": sum,
     "len": len,
     "Int": int, "Float": float, "Bool": bool, "str": str, "format": _format, "list": list, "copy": lambda x: x.copy(),
-    "append": _append, "extend": _extend, "insert": lambda items, place, item: items.insert(place, item), "_set_item": _set,
+    "append": append, "extend": extend, "insert": lambda items, place, item: items.insert(place, item), "_set_item": _set,
     "pop": lambda items, *place: items.pop(*place), "keys": lambda d: list(d), "values": lambda d: list(d.values()),
     "items": lambda d: list(d.items()), "get": lambda d, *key: d.get(*key), "update": lambda d, more: d.update(more),
     "slice": _slice, "reverse": lambda items: items.reverse(), "clear": lambda items: items.clear(),

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from initaudit.errors import UnreadableModel, UnsupportedOperator
 from initaudit.graph.allowed import bounded, packet
-from initaudit.graph.script_numbers import on_numbers
+from initaudit.graph.script_numbers import append, bounded_range, extend, leaves, on_numbers
+from initaudit.graph.sound import check
 from initaudit.load.spans import show
 
 MOST_ELEMENTS = 2**28  # of one value
@@ -30,7 +30,7 @@ COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 # Functions that the code calls without a prefix
 WORDS: Mapping[str, Callable[..., Any]] = {
     "annotate": lambda _, value: value, "unchecked_cast": lambda _, value: value, "uninitialized": lambda _: None,
-    "getattr": _raised, "int": int, "float": float, "bool": bool, "str": str, "range": range, "len": len, "list": list,
+    "getattr": _raised, "int": int, "float": float, "bool": bool, "str": str, "range": bounded_range, "len": len, "list": list,
     "isinstance": lambda value, _: _raised("isinstance"), "complex": complex, "_cast_int": int,
 }  # fmt: skip
 # ops.prim.NAME, and what the code writes as torch.NAME and is no operator of ATen
@@ -49,8 +49,8 @@ _PRIMITIVES: Mapping[str, Callable[..., Any]] = {
     "ScalarImplicit": lambda tensor: tensor.item(), "Int": lambda tensor: int(tensor), "Float": lambda tensor: float(tensor),
     "Bool": lambda tensor: bool(tensor), "dict": dict, "stride": lambda tensor, *axis: tensor.stride(*axis),
     "is_contiguous": lambda tensor, *_: tensor.is_contiguous(), "format": lambda *_: "...", "warn": lambda *_, **__: None,
-    "__isnot__": operator.is_not, "__is__": operator.is_, "append": lambda items, item: items.append(item),
-    "list": lambda value: list(value), "extend": lambda items, more: items.extend(more), "__getitem__": operator.getitem,
+    "__isnot__": operator.is_not, "__is__": operator.is_, "append": append,
+    "list": lambda value: list(value), "extend": extend, "__getitem__": operator.getitem,
     "__contains__": lambda items, item: any(item is held for held in items), "_set_item": operator.setitem,
     "backward": _raised, "AutogradZero": lambda: None, "AutogradAllNonZero": _raised,
 }  # fmt: skip
@@ -60,7 +60,7 @@ _PLAIN_OF_TENSORS = frozenset(_PRIMITIVES) - {"min", "max", "abs"}
 def call(name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """What `torch.NAME` or `ops.prim.NAME` makes of the arguments; raises UnsupportedOperator for any other name."""
     prefix, _, last = name.rpartition(".")
-    tensors = any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs)))
+    tensors = any(isinstance(leaf, torch.Tensor) for leaf in leaves((args, kwargs)))
     if prefix == "ops.prim" and last in _PRIMITIVES:
         return _PRIMITIVES[last](*args)
     if prefix in ("torch", "ops.aten"):
@@ -77,6 +77,7 @@ def _computed(name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
     found = packet(name)
     kwargs = {key: torch.device("cpu") if key == "device" else value for key, value in kwargs.items()}
     args = [torch.device("cpu") if isinstance(value, torch.device) else value for value in args]
+    check(name.removesuffix("_"), args, kwargs)
     try:
         result = bounded(found, MOST_ELEMENTS, args, kwargs)
     except (TypeError, RuntimeError) as error:

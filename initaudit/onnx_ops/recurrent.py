@@ -99,7 +99,26 @@ def _layer(
             states.append(x.new_zeros(count, x.shape[1], hidden))
         else:
             states.append(together(state.transpose(0, 1) if layout else state, x)[0])
-    return _Layer(x, w, r, bias, tuple(states), lengths, bool(layout), kinds[direction])
+    layer = _Layer(x, w, r, bias, tuple(states), lengths, bool(layout), kinds[direction])
+    _check(layer)
+    return layer
+
+
+def _check(layer: _Layer) -> None:
+    """Raises UnsupportedOperator for shapes that do not fit: torch's fused loops would read beyond the end of a tensor."""
+    count, gates = len(layer.directions), layer.w.shape[1] if layer.w.ndim == 3 else 0
+    if layer.x.ndim != 3 or layer.r.ndim != 3:
+        raise UnsupportedOperator("recurrent layer", "an input or recurrent weights of another rank", "`t n i` and `d (g h) h`")
+    batch, hidden = layer.x.shape[1], layer.r.shape[2]
+    wanted: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        ("w", layer.w, (count, gates, layer.x.shape[2])),
+        ("r", layer.r, (count, gates, hidden)),
+    ]
+    wanted += [("b", layer.b, (count, 2 * gates))] + [("a state", s, (count, batch, hidden)) for s in layer.states]
+    wanted += [("sequence_lens", layer.lengths, (batch,))] if layer.lengths is not None else []
+    for name, found, shape in wanted:
+        if tuple(found.shape) != shape:
+            raise UnsupportedOperator("recurrent layer", f"{name} of shape {tuple(found.shape)}", f"{shape}")
 
 
 def _turned(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -151,6 +170,9 @@ def _fused(layer: _Layer, kind: str, order: Sequence[int]) -> tuple[Tensor, ...]
 
     The weights are rearranged by differentiable views, so gradients arrive in the standard's layout.
     """
+    if layer.w.shape[1] != len(order) * layer.r.shape[2]:
+        found = f"{layer.w.shape[1]} rows of weights for {layer.r.shape[2]} units"
+        raise UnsupportedOperator("recurrent layer", found, f"{len(order)} for a unit")
     if layer.lengths is not None or layer.directions == (True,) or layer.x.shape[0] == 0:
         return None
 
