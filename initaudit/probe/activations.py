@@ -122,8 +122,8 @@ def flat_units(
         return None
     if slopes is None or reference is None:
         return None
-    others = [i for i in range(drawn.dim()) if i != axis]
-    most = slopes.abs().amax(others) if others else slopes.abs()
+    # One row a place: the largest over axes that stand around the units is several times slower to find.
+    most = slopes.abs().movedim(axis, -1).reshape(-1, drawn.shape[axis]).amax(0)
     steepest = max(reference.abs().max().item(), most.max().item())
     spread = reference.max().item() - reference.min().item()
     if not spread > _LINEAR * steepest:

@@ -44,6 +44,7 @@ class SignalObserver(Observer):
         self.first_non_finite_gradient: str | None = None
         self.same_as: dict[str, str] = {}
         self.closed = False
+        self.last_gradient: tuple[Tensor | None, float] = None, 0.0
 
     def signal(self, run: Pass, node: fx.Node, value: Tensor) -> None:
         """The forward statistics of one node."""
@@ -77,15 +78,24 @@ class SignalObserver(Observer):
         """The gradient's second moment at one node."""
         if self.closed or not self.wants_gradient(run, node):
             return
-        moment2 = power(gradient) / gradient.numel()
+        moment2 = self._gradient_power(gradient) / gradient.numel()
         finite = math.isfinite(moment2)
         if not finite and self.first_non_finite_gradient is None:
             self.first_non_finite_gradient = node.name
         self.records[node.name] |= {"gradient_moment2": moment2 if finite else None, "gradient_finite": finite}
 
+    def _gradient_power(self, gradient: Tensor) -> float:
+        """A sum hands the same gradient to all of its terms: it is measured once."""
+        known, value = self.last_gradient
+        if known is None or known is not gradient:
+            value = power(gradient)
+            self.last_gradient = gradient, value
+        return value
+
     def close(self) -> None:
         """Makes the records of what was seen; later gradients are not recorded."""
         self.closed = True
+        self.last_gradient = None, 0.0
         self.rows.flush()
         for name, source in self.same_as.items():
             known, origin = self.records[name], self.records[source]
