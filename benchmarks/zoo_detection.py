@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from zoo_faults import FAULTS, Fault, behaviour, layers_of, matters
+from zoo_faults import FAULTS, Behaviour, Fault, absorbs, behaviour, layers_of, matters, undo_storage
 from zoo_models import Inputs, built, quiet
 from zoo_peers import peers
 from zoo_silence import models, summary
@@ -73,17 +73,29 @@ def _inject(module: nn.Module, inputs: Inputs, fault: Fault, place: int) -> list
         candidates = [0]
     else:
         candidates = list(_order(len(layers), place))
-    before = behaviour(module, inputs) if fault.judged else None
+    before = behaviour(module, inputs) if fault.judged in ("cut", "scale", "follows") else None
     state = {n: t.clone() for n, t in module.state_dict().items()}
     for index in candidates:
+        if layers and fault.judged == "mean" and absorbs(module, inputs, layers[index][1]):
+            continue
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(index)
             changed = fault.change(layers, index) if layers else None
-        if changed and (before is None or matters(before, behaviour(module, inputs), changed, fault.judged)):
+        if changed and (before is None or _matters(module, inputs, before, changed, fault, state)):
             module.zero_grad(set_to_none=True)
             return changed
+        undo_storage(module)
         module.load_state_dict(state)
     return "nowhere in this third of the model does it apply and matter"
+
+
+def _matters(
+    module: nn.Module, inputs: Inputs, before: Behaviour, changed: list[str], fault: Fault, state: dict[str, torch.Tensor]
+) -> bool:
+    """Whether the model follows the change of the first of the changed tensors."""
+    old, new = (float(values[changed[0]].std()) for values in (state, module.state_dict()))
+    factor = new / old if old > 0 < new else 1.0
+    return matters(before, behaviour(module, inputs), changed, fault.judged, factor)
 
 
 def _order(count: int, place: int) -> Iterator[int]:

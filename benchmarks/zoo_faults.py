@@ -1,7 +1,8 @@
 """Faults that are put into healthy models, one at a time, at three depths.
 
 Whether a change is a fault is judged by what the model does, not by the audit: a scale counts where outputs or gradients follow
-it (no norm absorbs it), a zero where it cuts the way from inputs to outputs.
+it (no norm absorbs it), a zero where it cuts the way from inputs to outputs, a mean where outputs notice that all units of the
+layer are shifted alike.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from zoo_models import Inputs
 
 Layer = tuple[str, nn.Module]  # the name of its weight and the layer
 Change = Callable[[Sequence[Layer], int], "list[str] | None"]
+_ABSORBED = 1e-2  # of the outputs: rounding, and what epsilon leaves
+_FOLLOWS = 0.5  # of a change of scale, in decades: what outputs or gradients have to follow
 _MATTERS = 30.0  # a change of outputs or gradients by less is one that most networks get over
 
 
@@ -73,15 +76,39 @@ def behaviour(module: nn.Module, inputs: Inputs) -> Behaviour:
     return Behaviour(float((first - first.mean(0)).detach().std()), gradients)
 
 
-def matters(before: Behaviour, after: Behaviour, changed: Sequence[str], how: str) -> bool:
-    """Whether the model behaves otherwise: "cut" that nothing comes through, "scale" by a factor of 30 either way."""
+def absorbs(module: nn.Module, inputs: Inputs, layer: nn.Module) -> bool:
+    """Whether outputs stay what they are when all units of a layer are shifted alike, by a number for each example.
+
+    That is what a mean of the weights adds. A norm over the units takes it away; one over the batch does not.
+    """
+
+    def shift(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(output.shape[0], *[1] * (output.dim() - 1), generator=generator)
+        return output + output.detach().std() * drawn
+
+    with torch.no_grad():
+        before = next(tensors_of(run(module, inputs)))
+        hook = layer.register_forward_hook(shift)
+        after = next(tensors_of(run(module, inputs)))
+        hook.remove()
+    return bool((after - before).std() <= _ABSORBED * before.std())
+
+
+def matters(before: Behaviour, after: Behaviour, changed: Sequence[str], how: str, factor: float = 1.0) -> bool:
+    """Whether the model behaves otherwise.
+
+    "cut" that nothing comes through, "scale" by a factor of 30 either way, "follows" by half of the `factor` (in decades) by
+    which the weight itself has grown.
+    """
     if how == "cut":
         return not after.spread > 1e-6 * before.spread
     ratios = [after.spread / before.spread if before.spread > 0 else 1.0]
     others = [n for n, g in before.gradients.items() if n not in changed and g > 0 and after.gradients.get(n, 0.0) > 0]
     logs = sorted(math.log(after.gradients[n] / before.gradients[n]) for n in others)
     ratios += [math.exp(logs[len(logs) // 2])] if logs else []
-    return any(not math.isfinite(r) or r > _MATTERS or r < 1 / _MATTERS for r in ratios)
+    least = _MATTERS if how == "scale" else math.exp(_FOLLOWS * abs(math.log(factor)))
+    return any(not math.isfinite(r) or r > least or r < 1 / least for r in ratios)
 
 
 def layers_of(module: nn.Module, inputs: Inputs) -> list[Layer]:
@@ -180,13 +207,38 @@ def _all(factor: float) -> Change:
     return change
 
 
+class Stored(nn.Linear):
+    """A linear layer whose weight is stored (in, out) and used as `x @ W`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
 def _fans(layers: Sequence[Layer], place: int) -> list[str] | None:
-    """He by fan-out instead of fan-in, where these are far apart."""
+    """`kaiming_normal_` on a weight stored (in, out), where the fans are far apart and no other scheme has that variance.
+
+    On a weight stored (out, in) He by fan-out is no fault: He et al. 2015 call either form sufficient.
+    """
     name, layer = layers[place]
-    if not isinstance(layer, nn.Linear) or 1 / 4 < layer.in_features / layer.out_features < 4:
+    if type(layer) is not nn.Linear or 1 / 4 < layer.in_features / layer.out_features < 4:
         return None
-    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    n, o = layer.in_features, layer.out_features
+    if any(0.8 < c / n * o / 2 < 1.25 for c in (2, 1, 1 / 3, 25 / 9, 2 * n / (n + o))):
+        return None
+    layer.__class__ = Stored
+    layer.weight = nn.Parameter(torch.empty(n, o))
+    nn.init.kaiming_normal_(layer.weight)
     return [name]
+
+
+def undo_storage(module: nn.Module) -> None:
+    """Linear layers again, of weights without values, for those that `swapped fans` has turned round."""
+    for m in module.modules():
+        if isinstance(m, Stored):
+            m.__class__ = nn.Linear
+            m.weight = nn.Parameter(torch.empty(m.out_features, m.in_features))
 
 
 def _forgotten(layers: Sequence[Layer], place: int) -> list[str] | None:
@@ -212,13 +264,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault("/1000", _DOWN, _fill(lambda w: w / 1000), "scale"),
     Fault("NaN", ("IA401",), _fill(_nan)),
     Fault("uninitialised memory", ("IA206", "IA401"), _fill(_memory)),
-    Fault("positive mean", ("IA102", "IA107", "IA302", "IA307"), _fill(lambda w: w + 2 * w.std())),
+    Fault("positive mean", ("IA102", "IA107", "IA302", "IA307"), _fill(lambda w: w + 2 * w.std()), "mean"),
     Fault("cloned layer", ("IA203",), _clone),
     Fault("dead biases", ("IA111", "IA305"), _biases),
     Fault("half overflow", ("IA102", "IA108", "IA302", "IA402"), _fill(_overflow)),
     Fault("zeros in series", ("IA201", "IA207", "IA311"), _series),
-    Fault("swapped fans", (*_UP, *_DOWN), _fans),
-    Fault("forgotten layer", (*_UP, *_DOWN), _forgotten),
+    Fault("swapped fans", (*_UP, *_DOWN), _fans, "follows"),
+    Fault("forgotten layer", (*_UP, *_DOWN), _forgotten, "follows"),
     Fault("all x4", _UP, _all(4.0), "scale", once=True),
     Fault("wrong gain throughout", _DOWN, _all(1 / math.sqrt(3)), "scale", once=True),
 )

@@ -95,7 +95,10 @@ def peers(module: nn.Module) -> dict[str, tuple[list[str], float]]:
             continue
         began = time.process_time()
         with quiet():
-            named = ask(module)
+            try:
+                named = ask(module)
+            except (ArithmeticError, RuntimeError, ValueError):  # LinAlgError: weights that it cannot read, it cannot name
+                named = set()
         found[name] = (sorted(named), round(time.process_time() - began, 4))
     return found
 

@@ -11,7 +11,7 @@ from initaudit.rules.examples import convs, example, linear, mlp
 from initaudit.rules.health import health, worst
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule, Threshold
-from initaudit.rules.support import SIGMAS, fields, fresh_layers, normalised, power, to_output
+from initaudit.rules.support import SIGMAS, fields, fresh_layers, power, to_output
 
 # Of the power that a unit receives from fan_in inputs with a common mean, mean²·fan_in comes from the mean of the weights and
 # var from their spread (per unit of input power). Above 1 all units see mostly one number; identities with noise and small
@@ -56,7 +56,7 @@ class NonzeroMean(Rule):
             return
         state = health(evidence)
         level = worst(state.exploding, state.vanishing)
-        behind_norms = all(normalised(x) for x in off)
+        absorbed = all(_absorbed(x) for x in off)
         first = off[0]
         moments = first.moments
         error = moments.std / math.sqrt(moments.count)
@@ -68,7 +68,7 @@ class NonzeroMean(Rule):
             "spread, so all "
             "units answer to one direction and inputs become alike",
             init_line(*off),
-            severity="error" if level == "error" else "info" if behind_norms and not level else "warning",
+            severity="error" if level == "error" else "info" if absorbed and not level else "warning",
             measured=moments.mean,
             expected=0.0,
             related=tuple(x.tensor for x in off[1:]),
@@ -91,6 +91,16 @@ class NonzeroMean(Rule):
                 "uniform in [0, 1)", lambda: mlp(32, 64, 64, 5, change=lambda m: [x.weight.uniform_(0, 1) for x in linear(m)])
             ),
         )
+
+
+def _absorbed(layer: LayerEvidence) -> bool:
+    """Whether a norm over the units takes away what all of them have in common.
+
+    One over the batch, over positions or by root mean square does not: a small convolutional network with BatchNorm on
+    scikit-learn's digits, one of its four weights shifted by two standard deviations, had a loss of 1.8 after 40 steps of SGD
+    where the unshifted one had 0.6.
+    """
+    return bool(layer.feeds) and all("layer_norm" in feed.path for feed in layer.feeds)
 
 
 def _positive(model: Any) -> None:

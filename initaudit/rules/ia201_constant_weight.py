@@ -8,6 +8,7 @@ from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.structure import last_layers
 from initaudit.rules.support import fields, fresh_layers, initial, to_output
 
 
@@ -80,7 +81,7 @@ def _reason(evidence: Evidence, layer: LayerEvidence) -> str:
         return ""
     if moments.mean == 0:
         return _zero(evidence, layer)
-    if to_output(layer):
+    if to_output(layer) and layer.tensor in last_layers(evidence):
         return ""
     copies = _copies(layer)
     first = f"its {units} units compute one and the same number"

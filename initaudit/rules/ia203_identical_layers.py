@@ -62,7 +62,7 @@ class IdenticalLayers(Rule):
         if not initial(evidence):
             return
         drawn = [x for x in fresh_layers(evidence, "contraction", "recurrent", "embedding") if _drawn(x)]
-        yield from self._stacked(list(fresh_layers(evidence)))
+        yield from self._stacked(evidence, list(fresh_layers(evidence)))
         groups = [g for g in self._groups(evidence, drawn) if len({x.tensor for x in g}) > 1 and not is_tie(g)]
         if not groups:
             yield from self._same_seed(evidence, drawn)
@@ -81,12 +81,14 @@ class IdenticalLayers(Rule):
             **fields(first),
         )
 
-    def _stacked(self, drawn: list[LayerEvidence]) -> Iterator[Finding]:
+    def _stacked(self, evidence: Evidence, drawn: list[LayerEvidence]) -> Iterator[Finding]:
         """Matrices stacked in one tensor, as those of experts, that are one matrix several times."""
         for layer in drawn:
             if layer.pair.axes[0] != "n" or layer.pair.shape[0] < 2 or not layer.pair.trainable or _blank(layer):
                 continue
-            values = layer.read()
+            values, array = layer.read(), evidence.checkpoint.arrays.get(layer.tensor)
+            if array is not None and values.size > array.size:
+                continue  # the program itself repeats it, for every example
             flat = values.reshape(values.shape[0], -1)
             # A few values tell most draws apart before all are compared.
             if not duplicate_rows(flat[:, :: max(1, flat.shape[1] // _START)]):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, linear, mlp
 from initaudit.rules.health import SIGNAL, below, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import initial, names, power, rate, ratio_of
+from initaudit.rules.support import initial, names, power, rate, ratio_of, view
 
 
 class ForwardVanishing(Rule):
@@ -41,7 +42,10 @@ class ForwardVanishing(Rule):
         level = below(state.signal, state.limits.signal)
         if not level or not initial(evidence):
             return
-        small = [x for x in state.layers if (ratio_of(x) or 1) < 1] or list(state.layers)
+        flow = view(evidence).flow
+        left = {n: size * flow.contrast[n] for n, size in flow.size.items()} if flow is not None else {}
+        alone = culprit(evidence, state, left, state.signal)
+        small = [alone] if alone else [x for x in state.layers if (ratio_of(x) or 1) < 1] or list(state.layers)
         yield self.finding(
             f"of the signal that tells inputs apart {power(state.signal)} in power is left at the output layer after "
             f"{len(state.layers)} "

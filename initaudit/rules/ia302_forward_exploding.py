@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, mlp
 from initaudit.rules.health import GROWTH, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, initial, power, rate
+from initaudit.rules.support import fields, initial, power, rate, view
 
 
 class ForwardExploding(Rule):
@@ -41,17 +42,21 @@ class ForwardExploding(Rule):
         layer = state.worst_growth
         if not state.growing or layer is None or not initial(evidence):
             return
+        flow = view(evidence).flow
+        alone = culprit(evidence, state, flow.growth, state.growth) if flow is not None else None
+        root = alone or layer
         yield self.finding(
             f"the signal's second moment has grown {power(state.growth)}-fold at {layer.tensor}, after {len(state.layers)} "
             "layers (healthy "
             "networks stay below 10); the first steps of any optimizer overshoot, and half precision overflows"
+            + (f"; {root.tensor} alone does it" if alone else "")
             + rate(evidence, "signal_growth", state.growth),
-            init_line(layer),
+            init_line(root),
             severity=state.growing,
             measured=state.growth,
             expected=1.0,
-            related=tuple(x.tensor for x in state.layers if x is not layer),
-            **fields(layer),
+            related=tuple(x.tensor for x in state.layers if x is not root),
+            **fields(root),
         )
 
     @classmethod

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp, residual
 from initaudit.rules.health import GRADIENT, below, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import activation_of, fields, initial, power, rate
+from initaudit.rules.support import activation_of, fields, initial, power, rate, view
 
 
 class GradientVanishing(Rule):
@@ -41,19 +42,23 @@ class GradientVanishing(Rule):
         level, layer = below(state.gradient, state.limits.gradient), state.worst_gradient
         if not level or layer is None or not initial(evidence):
             return
+        flow = view(evidence).flow
+        alone = culprit(evidence, state, flow.gradient, state.gradient) if flow is not None else None
+        root = alone or layer
         yield self.finding(
             f"{power(state.gradient)} of the gradient's power at the output layer reaches {layer.tensor}, "
             f"{len(state.layers)} layers before "
             f"it (healthy networks keep more than 0.001; the activation here is {activation_of(layer)}): the first layers "
             "keep their random "
             "values, as SGD cannot move them and Adam amplifies rounding errors"
+            + (f"; {root.tensor} alone does it" if alone else "")
             + rate(evidence, "gradient_loss", state.gradient),
-            init_line(layer),
+            init_line(root),
             severity=level,
             measured=state.gradient,
             expected=1.0,
-            related=tuple(x.tensor for x in state.layers if x is not layer),
-            **fields(layer),
+            related=tuple(x.tensor for x in state.layers if x is not root),
+            **fields(root),
         )
 
     @classmethod

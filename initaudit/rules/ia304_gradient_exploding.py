@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp, residual
 from initaudit.rules.health import GRADIENT_GROWTH, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, initial, power, rate
+from initaudit.rules.support import fields, initial, power, rate, view
 
 
 class GradientExploding(Rule):
@@ -41,17 +42,21 @@ class GradientExploding(Rule):
         level, layer = state.gradient_growing, state.worst_gradient_growth
         if not level or layer is None or not initial(evidence):
             return
+        flow = view(evidence).flow
+        alone = culprit(evidence, state, flow.gradient_growth, state.gradient_growth) if flow is not None else None
+        root = alone or layer
         yield self.finding(
             f"the gradient's power at the input of {layer.tensor} is {power(state.gradient_growth)} times that at the "
             "output layer (healthy "
             "networks stay below 100): no learning rate fits both, and one step at a usual one destroys the first layers"
+            + (f"; {root.tensor} alone does it" if alone else "")
             + rate(evidence, "gradient_growth", state.gradient_growth),
-            init_line(layer),
+            init_line(root),
             severity=level,
             measured=state.gradient_growth,
             expected=1.0,
-            related=tuple(x.tensor for x in state.layers if x is not layer),
-            **fields(layer),
+            related=tuple(x.tensor for x in state.layers if x is not root),
+            **fields(root),
         )
 
     @classmethod

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp, residual
+from initaudit.rules.flow import ROUNDING
 from initaudit.rules.health import CONTRAST, below, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import initial, names, power, ratio_of, view
 
 if TYPE_CHECKING:
-    from initaudit.probe.trace import Trace
+    from initaudit.probe.trace import Signal, Trace
 
 
 class InputsCollapse(Rule):
@@ -50,12 +52,15 @@ class InputsCollapse(Rule):
         constant = bool(last) and all(signals[n].moment2 == 0 or flow.contrast.get(n) == 0 for n in last)
         if not level and not constant:
             return
-        small = [x for x in state.layers if (ratio_of(x) or 1) < 1] or list(state.layers)
+        cut = (x for x in state.layers if any(_constant(signals.get(r.output), flow.contrast) for r in x.records))
+        alone = next(cut, None) if constant else culprit(evidence, state, flow.contrast, state.contrast)
+        small = [alone] if alone else [x for x in state.layers if (ratio_of(x) or 1) < 1] or list(state.layers)
         found = "nothing" if constant else power(state.contrast)
+        where = f"it is lost in {small[0].tensor}" if alone else f"{names(small, 3)} have small weights"
         yield self.finding(
             f"of the difference between inputs {found} is left after {len(state.layers)} layers, relative to what they "
             "have in common (healthy "
-            f"networks keep more than 0.02; {names(small, 3)} have small weights): the network starts as a constant, and "
+            f"networks keep more than 0.02; {where}): the network starts as a constant, and "
             "all examples ask "
             "for the same change",
             init_line(small[0]),
@@ -92,3 +97,8 @@ def _undone(trace: Trace) -> bool:
 
     losses = [lowest_loss(trace, name) for name in OPTIMIZERS]
     return all(loss is not None and loss < LEARNT for loss in losses)
+
+
+def _constant(signal: Signal | None, contrast: Mapping[str, float]) -> bool:
+    """Whether a layer's output is the same for all inputs, but for rounding."""
+    return signal is not None and (signal.moment2 == 0 or contrast.get(signal.node, 1.0) <= ROUNDING)

@@ -38,7 +38,7 @@ CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IA105", (*_DIES, "IA101"), ("IA101", "IA103", "IA109")),
     ("IA110", _DIES, ("IA101", "IA103")),
     ("IA103", (*_DIES, *_GROWS), ("IA101", "IA102")),
-    ("IA402", ("IA302", "IA304", "IA310", "IA308", "IA313"), ("IA102", "IA109", "IA108")),
+    ("IA402", ("IA102", "IA302", "IA304", "IA310", "IA308", "IA313"), ("IA109", "IA108")),
     ("IA601", ("IA310",), ("IA102", "IA109", "IA501")),
     ("IA102", _GROWS, ("IA109",)),
     ("IA101", _DIES, ("IA109",)),
@@ -57,6 +57,9 @@ CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IA308", ("IA313",), ()),
     ("IA309", ("IA313",), ()),
 )
+
+_PLACES = {cause: float(place) for place, (cause, _, _) in enumerate(CAUSES)}
+_SYMPTOMS = _PLACES["IA311"]
 
 
 def findings_of(evidence: Evidence, say: Say = silent) -> list[Finding]:
@@ -95,7 +98,12 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
             root = min(shared, default=roots[0] if finding.code in anywhere else None)
             if root is not None:
                 left[root] = _with(left[root], left.pop(place))
-    return sorted(left.values(), key=lambda f: SEVERITIES.index(f.severity))
+    return sorted(left.values(), key=lambda f: (SEVERITIES.index(f.severity), _depth(f)))
+
+
+def _depth(finding: Finding) -> float:
+    """Causes before their consequences: the place among `CAUSES`, what is no cause of anything before the symptoms."""
+    return _PLACES.get(finding.code, _SYMPTOMS if finding.code.startswith("IA3") else _SYMPTOMS - 0.5)
 
 
 def _tensors(finding: Finding) -> set[str]:
