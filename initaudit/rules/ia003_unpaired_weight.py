@@ -36,8 +36,9 @@ class UnpairedWeight(Rule):
             return
         why = "the file holds no graph" if evidence.graph is None else "the graph is cut behind them"
         why = str(evidence.checkpoint.metadata.get("no_program", why))
+        count = "one weight" if len(unpaired) == 1 else f"{len(unpaired)} weights"
         yield self.finding(
-            f"the activation behind {len(unpaired)} weights is not known, because {why}: {names(unpaired)}",
+            f"the activation behind {count} is not known, because {why}: {names(unpaired)}",
             "audit the module or an ONNX file to have them judged by what they feed",
             tensor=unpaired[0].tensor,
             related=tuple(x.tensor for x in unpaired[1:]),
