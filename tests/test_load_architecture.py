@@ -14,7 +14,7 @@ from timm_models import import_timm
 from torch import nn
 
 import initaudit
-from initaudit.auditing.architecture import as_tensor, in_architecture
+from initaudit.auditing.architecture import as_tensor, attach, in_architecture
 from initaudit.errors import UnreadableModel, UsageError
 from initaudit.load import load
 
@@ -100,6 +100,11 @@ def test_what_a_file_lacks_and_has_besides_is_told(tmp_path: Path) -> None:
     assert "[7] in the file and [32]" in found["transformer.ln_f.weight"].message
 
 
+class Small(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+
+
 class Tied(nn.Module):
     """A table and a head that are one parameter."""
 
@@ -128,6 +133,22 @@ def test_a_module_of_the_user_pairs_exactly(spec: str, tmp_path: Path) -> None:
     assert {"table.weight", "body.weight"} <= feeds.keys()
     assert report.risk
     assert not [f for f in report.findings if f.code in ("IA003", "IA502", "IA503")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_used_as_load_state_dict_does(dtype: torch.dtype, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    torch.save({name: value.to(dtype) for name, value in net.state_dict().items()}, tmp_path / "x.pt")
+    checkpoint = attach(load(tmp_path / "x.pt"), nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), "net")
+    expected = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    expected.load_state_dict(torch.load(tmp_path / "x.pt"))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(checkpoint.program.state_dict()[name], value)
+    # The range is judged of what the file holds.
+    assert {str(array.dtype) for array in checkpoint.arrays.values()} == {str(dtype).removeprefix("torch.")}
+    report = initaudit.audit(tmp_path / "x.pt", torch.randn(8, 16), config={"arch": f"{__name__}:Small"})
+    assert report.risk
+    assert not [f for f in report.findings if f.code in ("IA003", "IA004", "IA502")]
 
 
 def test_a_tie_that_the_file_has_lost_is_told(spec: str, tmp_path: Path) -> None:

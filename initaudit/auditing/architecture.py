@@ -150,7 +150,7 @@ def attach(checkpoint: Checkpoint, module: nn.Module, label: str) -> Checkpoint:
         raise UnreadableModel(where, f"no name of the file is one of {label} ({example})", "the architecture of this file")
     reshaped = [own for own, theirs in names.items() if checkpoint.arrays[theirs].shape != tuple(state[own].shape)]
     good = {own: theirs for own, theirs in names.items() if own not in reshaped}
-    values = {own: as_tensor(checkpoint.arrays[theirs]) for own, theirs in good.items()}
+    values = {own: _typed(as_tensor(checkpoint.arrays[theirs]), state[own]) for own, theirs in good.items()}
     problems = [*checkpoint.problems, *_untied(state, good, checkpoint.arrays, values)]
     kept = _assign(module, state, values)
     problems += differences(
@@ -241,6 +241,14 @@ def _assign(module: nn.Module, state: Mapping[str, Any], values: Mapping[str, to
             part = module.get_submodule(owner)
             (part._parameters if leaf in part._parameters else part._buffers)[leaf] = new  # type: ignore[assignment]
     return kept
+
+
+def _typed(value: torch.Tensor, own: Any) -> torch.Tensor:
+    """`value` in the type of the parameter that it becomes, as `load_state_dict` converts it: a checkpoint in half precision
+    belongs to a module in single precision, whose inputs and constants are in single precision too."""
+    if isinstance(own, torch.Tensor) and own.is_floating_point() and value.is_floating_point():
+        return value.to(own.dtype)
+    return value
 
 
 def _drawn(old: torch.Tensor) -> torch.Tensor:
