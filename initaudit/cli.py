@@ -26,35 +26,37 @@ Usage: initaudit [OPTIONS] MODEL [MODEL ...]
        initaudit COMMAND [ARGS]
 
 Can this network, as it is initialised, learn? Is this checkpoint sound?
-MODEL is a file (.onnx, .safetensors, .pt ...), a folder, package.module:callable or a URL.
+MODEL is a file (.onnx, .safetensors, .pt ...), a folder, a URL or
+package.module:callable.
 
 Examples:
-  initaudit model.onnx                            audit a file
-  initaudit mypackage.models:Net                  audit a module as it is initialised
+  initaudit model.onnx                      audit a file
+  initaudit mypackage.models:Net            audit a module as it is initialised
   initaudit mypackage.models:Net --input x=8x3x32x32:float32
-  initaudit checkpoints/ --phase trained          audit every model of a folder
+  initaudit checkpoints/ --phase trained    audit every model of a folder
   initaudit model.onnx --format text --format sarif:out.sarif
-  initaudit explain IA301                         what a rule means and what to do
+  initaudit explain IA301                   what a rule means and what to do
 
 Commands:
-  rules        list the rules                     baseline    accept findings, fail on new ones
-  explain      the page of a rule                 compare     what differs between two models
-  config       the configuration in force         fix         draw flagged weights again, elsewhere
+  rules        list the rules               baseline  accept findings
+  explain      the page of a rule           compare   two models
+  config       the configuration in force   fix       draw flagged weights again
   completion   a shell's completion script
 
 Options used most (all of them: initaudit audit --help):
   --select CODES, --ignore CODES    rules by code or prefix: IA2, IA301
-  --strict, --fail-on LEVEL         what gives status 1: error, warning, info, never
+  --strict, --fail-on LEVEL         fails from: error, warning, info, never
   --phase auto|init|trained         judge as fresh or as trained weights
   --input NAME=SPEC, --data FILE    what the probe feeds the model
   --no-probe                        look at the weights only
-  --format NAME[:FILE]              text concise grouped json jsonl sarif github gitlab junit
-                                    markdown html
+  --format NAME[:FILE]              text concise grouped json jsonl sarif github
+                                    gitlab junit markdown html
   --output FILE                     write the report there
   --verbose, --quiet, --statistics  more, less, counts
   --version, --help
 
-Exit status: 0 nothing at the failing level, 1 findings at it, 2 usage error or unreadable model.
+Exit status: 0 nothing at the failing level, 1 findings at it, 2 usage error or
+unreadable model.
 """
 SHELLS = ("bash", "zsh", "fish")
 

@@ -156,6 +156,23 @@ def test_the_steps_of_the_action_work(tmp_path, model, status):
     assert "### initaudit" in summary.read_text("utf-8")
 
 
+def test_the_install_step_of_the_action_keeps_cuda_out(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    step = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))["runs"]["steps"][0]
+    # A stand-in for Python writes down what it is asked to do: nothing is installed.
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > '{tmp_path}/asked'\n", "utf-8")
+    stand_in.chmod(0o755)
+    (tmp_path / "step.sh").write_text(step["run"], "utf-8")
+    command = f'PATH="{tmp_path}:$PATH" bash --noprofile --norc -eo pipefail {tmp_path / "step.sh"}'
+    done = shell(command, ACTION_PATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    asked = (tmp_path / "asked").read_text("utf-8").splitlines()
+    assert asked == ["-m", "pip", "install", "-q", "-c", f"{ROOT}/constraints.txt", str(ROOT)]
+    assert (ROOT / "constraints.txt").is_file()
+    assert step["env"] == {"ACTION_PATH": "${{ github.action_path }}"}
+
+
 NET = """
 from torch import nn
 

@@ -17,11 +17,13 @@ def rule_table(rules: Iterable[Rule], width: int) -> str:
     """One rule a line: code, name, the highest severity, the phase it judges, and when it fires."""
     from tabulate import tabulate
 
+    heads = ["code", "name", "severity", "phase", "fires when"]
     rows = [[rule.code, rule.name, rule.severity, rule.phase, rule.summary] for rule in rules]
-    used = sum(max((len(row[i]) for row in rows), default=0) + 2 for i in range(4))
+    # tabulate leaves two columns behind each cell, and makes none narrower than its head and two more.
+    used = sum(max(len(heads[i]) + 2, *(len(row[i]) for row in rows)) + 2 for i in range(4))
     for row in rows:
-        row[4] = textwrap.fill(row[4], max(24, width - used))
-    return str(tabulate(rows, headers=["code", "name", "severity", "phase", "fires when"], tablefmt="plain"))
+        row[4] = textwrap.fill(row[4], max(16, width - used))
+    return str(tabulate(rows, headers=heads, tablefmt="plain"))
 
 
 def terminal_page(rule: Rule, style: Style) -> str:
