@@ -1,6 +1,7 @@
 """The probe against torch.autograd on the module itself, and against closed forms."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -349,3 +350,15 @@ def test_batch_and_tokens_are_followed_through_transposes():
     linears = [trace.signals[w.node] for w in trace.weights]
     assert all(s.cosine is not None for s in linears)
     assert linears[0].token_cosine is not None
+
+
+def test_virtual_steps_say_how_many_and_how_fast():
+    from initaudit.auditing.run import gather
+    from initaudit.config import Config
+    from initaudit.load import from_module as load_module
+
+    said = []
+    net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    gather(load_module(net), Config(), inputs=(torch.randn(32, 16),), progress=said.append)
+    steps = re.compile(r"probing: virtual steps with \w+ at [\d.e-]+, \d+ of \d+ steps, [\d,]+ steps/s")
+    assert any(steps.fullmatch(label) for label in said), said

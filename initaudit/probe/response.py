@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from initaudit.graph.calls import role_of
 from initaudit.graph.graph import Graph
+from initaudit.meter import Meter, Say, silent
 from initaudit.probe.passes import Pass, backward, batch_of
 from initaudit.probe.trace import Response
 
@@ -52,7 +53,13 @@ def work(run: Pass) -> float:
 
 
 def respond(
-    graph: Graph, constant: frozenset[fx.Node], inputs: Sequence[Tensor], seen: Pass, seed: int, device: torch.device | None
+    graph: Graph,
+    constant: frozenset[fx.Node],
+    inputs: Sequence[Tensor],
+    seen: Pass,
+    seed: int,
+    device: torch.device | None,
+    say: Say = silent,
 ) -> tuple[Response, ...]:
     """The losses under each optimizer and step size; empty where steps would cost too much or nothing can be learnt.
 
@@ -71,9 +78,11 @@ def respond(
         # A graph with its batch size written into it takes no other.
         task = fewer if fewer.step({})[0] is not None else task
     found: list[Response] = []
+    meter = Meter(say, "probing: virtual steps with", "steps", len(RATES) * STEPS)
     for optimizer, rate in RATES:
         if not any(r.optimizer == optimizer and r.losses[-1] < LEARNT for r in found):
             found.append(Response(optimizer, rate, tuple(_descend(task, optimizer, rate))))
+        meter(f"{optimizer} at {rate:g}", STEPS)
     return tuple(found)
 
 

@@ -64,7 +64,7 @@ def probe(
             parameters = {n: _with_revival(p, n, after) for n, p in parameters.items()}
         weights = tuple(_weight_records(run, sites, observer, norm_of))
         say("probing: virtual steps")
-        response = respond(graph, constant, given, run, seed, place) if finite else ()
+        response = respond(graph, constant, given, run, seed, place, say) if finite else ()
         return Trace(
             batch=batch,
             signals=observer.signals,
