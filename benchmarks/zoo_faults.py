@@ -132,9 +132,12 @@ def layers_of(module: nn.Module, inputs: Inputs) -> list[Layer]:
 def _fill(draw: Callable[[Tensor], Tensor]) -> Change:
     """A change of one weight as a whole."""
 
-    def change(layers: Sequence[Layer], place: int) -> list[str]:
+    def change(layers: Sequence[Layer], place: int) -> list[str] | None:
         name, layer = layers[place]
-        layer.weight.copy_(draw(layer.weight.clone()))
+        drawn = draw(layer.weight.clone())
+        if torch.equal(drawn, layer.weight):
+            return None
+        layer.weight.copy_(drawn)
         return [name]
 
     return change
@@ -217,7 +220,7 @@ class Stored(nn.Linear):
 
 
 def _fans(layers: Sequence[Layer], place: int) -> list[str] | None:
-    """`kaiming_normal_` on a weight stored (in, out), where the fans are far apart and no other scheme has that variance.
+    """`kaiming_normal_` on a weight stored (in, out), where the fans are far apart and so many values tell it from any scheme.
 
     On a weight stored (out, in) He by fan-out is no fault: He et al. 2015 call either form sufficient.
     """
@@ -225,7 +228,8 @@ def _fans(layers: Sequence[Layer], place: int) -> list[str] | None:
     if type(layer) is not nn.Linear or 1 / 4 < layer.in_features / layer.out_features < 4:
         return None
     n, o = layer.in_features, layer.out_features
-    if any(0.8 < c / n * o / 2 < 1.25 for c in (2, 1, 1 / 3, 25 / 9, 2 * n / (n + o))):
+    slack = 5 * math.sqrt(2 / (n * o))  # five standard errors of a normal law's variance
+    if any(abs(math.log(c * o / (2 * n))) < 2 * slack for c in (2, 1, 1 / 3, 25 / 9, 2 * n / (n + o))):
         return None
     layer.__class__ = Stored
     layer.weight = nn.Parameter(torch.empty(n, o))

@@ -67,7 +67,7 @@ TORCHVISION = {
     "convnext": "convnext_tiny 64",
     "transformer vision": """
         swin_t 64; swin_v2_t 256; maxvit_t 224; vit_b_32 64 image_size=64""",
-    "video": "r3d_18 32; mc3_18 32; r2plus1d_18 32; s3d 224; swin3d_t 32; mvit_v2_s 32 spatial_size=32,32 temporal_size=8",
+    "video": "r3d_18 32; mc3_18 32; r2plus1d_18 32; s3d 224; swin3d_t 32",
     "dense prediction": """
         fcn_resnet50 64; deeplabv3_mobilenet_v3_large 64; lraspp_mobilenet_v3_large 64; raft_small 128""",
 }
@@ -100,7 +100,7 @@ def _builder(package: str, name: str, size: int, rest: str) -> Callable[[], Buil
         if name.startswith(("fcn", "deeplab", "lraspp")):
             keywords["weights_backbone"] = None
         made = torchvision.models.get_model(name, weights=None, **keywords)
-        if name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v2_s"):
+        if name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t"):
             import torch
 
             frames = 16 if name == "s3d" else 8

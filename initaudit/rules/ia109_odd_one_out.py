@@ -12,12 +12,26 @@ from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import normal_line
 from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.structure import last_layers, reading_inputs
-from initaudit.rules.support import SIGMAS, activation_of, apart, error_of, fields, initial, is_fresh, normalised, path_of
+from initaudit.rules.support import (
+    NORMS,
+    SIGMAS,
+    activation_of,
+    apart,
+    error_of,
+    fields,
+    initial,
+    is_fresh,
+    normalised,
+    path_of,
+)
 
 # Siblings that make a consensus, the share that may stand apart, and how far (in standard deviation) counts as apart.
 _SIBLINGS = 4
 _APART = 0.15
 _FACTOR = 1.4
+# A residual branch that is so many times as large as its siblings outweighs them a hundred to one in power: the norm behind the
+# sum keeps the stream's size, and makes all other branches a hundredth of it.
+_DROWNS = 10.0
 # Fewer siblings than this have to agree as closely as drawn tensors do.
 _MANY = 5
 # What drawn tensors of one law may differ by beyond sampling: a truncation, a rounding.
@@ -106,7 +120,8 @@ class OddOneOut(Rule):
         odd, agree, middle, law = found
         first = odd[0]
         usual = middle.moments.std * math.sqrt(law(middle) / law(first))
-        quiet = normalised(first) or not initial(evidence)
+        drowns = _joins(first) and first.moments.std > _DROWNS * usual
+        quiet = (normalised(first) and not drowns) or not initial(evidence)
         yield self.finding(
             f"standard deviation {first.moments.std:.3g}, {first.moments.std / usual:.2g} of the {usual:.3g} of its "
             f"{len(agree)} siblings before the same {activation_of(first)}, "
@@ -133,6 +148,13 @@ class OddOneOut(Rule):
             example("one default among He", lambda: mlp(64, *[64] * 8, 5, change=_forget)),
             example("one default among layers of other widths", lambda: mlp(64, 256, 192, 128, 96, 64, 48, 5, change=_forget)),
         )
+
+
+def _joins(layer: LayerEvidence) -> bool:
+    """Whether the output is added to a stream before a norm sees it: the norm takes away the sum's size, not its share."""
+    path = path_of(layer)
+    norm = next((i for i, name in enumerate(path) if name in NORMS), len(path))
+    return "add" in path[:norm]
 
 
 _Law = Callable[[LayerEvidence], float]
