@@ -9,9 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from hostile_onnx import DANGEROUS, LOST, REFUSED, furnish, model
+from onnx import helper, numpy_helper
+
+from initaudit import audit
 
 SECONDS, BYTES = 10.0, 2 << 30
 HARMLESS = ("negative Pad",)  # runs into an error of its own and costs nothing: said of the operator, the rest is audited
@@ -99,3 +103,27 @@ def test_one_bad_tensor_each(tmp_path):
     for path in paths:
         assert any(path.name in line and "IA001" in line for line in text.splitlines()), path.name
     assert peak < BYTES
+
+
+SHAPES = {
+    "a state of one example": {"h": (1, 1, 8)},
+    "recurrent weights of one unit": {"r": (1, 32, 1)},
+    "recurrent weights of two rows": {"r": (1, 2, 8)},
+    "input weights of one row": {"w": (1, 1, 4)},
+    "a bias of two": {"b": (1, 2)},
+    "eight gates": {"w": (1, 64, 4), "r": (1, 64, 8)},
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_recurrent_weights_that_do_not_fit_never_reach_the_kernel(kind, tmp_path):
+    """torch's fused LSTM reads beyond the end of a tensor that is too small, and ends the process."""
+    shapes = {"w": (1, 32, 4), "r": (1, 32, 8), **SHAPES[kind]}
+    given = [numpy_helper.from_array(np.full(shape, 0.1, np.float32), name) for name, shape in shapes.items()]
+    names = [name if name in shapes else "" for name in ("w", "r", "b", "", "h")]
+    node = helper.make_node("LSTM", ["x", *names], ["y"], hidden_size=8)
+    ends = [helper.make_tensor_value_info("x", 1, [3, 50, 4]), helper.make_tensor_value_info("y", 1, None)]
+    path = tmp_path / "lstm.onnx"
+    onnx.save(helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], given)), path)
+    found = audit(path, config={"cache": False})
+    assert [f.code for f in found.findings if "recurrent layer" in f.message] == ["IA002"], found.findings

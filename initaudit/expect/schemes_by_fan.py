@@ -67,7 +67,7 @@ def lecun(site: Site) -> Iterator[Scheme]:
 def pytorch_default(site: Site) -> Iterator[Scheme]:
     """What torch's layers do when they are made: reset_parameters of each."""
     if site.operator in ("lstm", "gru", "rnn"):
-        if site.hidden is not None:
+        if site.hidden:  # fewer rows than gates make no unit
             yield uniform("pytorch_default", 1 / math.sqrt(site.hidden), "recurrent", "torch.nn.RNNBase.reset_parameters")
     elif "v" in site.axes:
         yield normal("pytorch_default", 1.0, "embedding", "torch.nn.Embedding.reset_parameters")

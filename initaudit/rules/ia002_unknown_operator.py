@@ -56,8 +56,10 @@ class UnknownOperator(Rule):
         if first or evidence.trace is None or not evidence.trace.unknown:
             return
         node, reason = next(iter(evidence.trace.unknown.items()))
+        unknown = len(evidence.trace.unknown)
+        lost = "it is not judged" if unknown == 1 else f"{unknown} nodes are not judged"
         yield self.finding(
-            f"{node} could not be run ({reason}); {len(evidence.trace.unknown)} nodes are not judged",
+            f"{node} could not be run ({reason}); {lost}",
             "give inputs that the model accepts with --input or --data",
             site=node,
         )
