@@ -57,6 +57,7 @@ class Config:
     inputs: Mapping[str, str] = field(default_factory=dict)
     data: str | None = None
     loss: bool = False
+    jvp: bool = False
     base: str | None = None
     arch: str | None = None
     device: str = "auto"
@@ -291,6 +292,7 @@ _MODEL_KEYS: dict[str, Parser] = {
     "inputs": _mapping(_text),
     "data": _path,
     "loss": _bool,
+    "jvp": _bool,
     "base": _source,
     "arch": _text,
     "device": _text,

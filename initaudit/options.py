@@ -42,6 +42,7 @@ CONFIG_OPTIONS = (
     click.option("--input", "inputs", multiple=True, callback=_inputs, metavar="NAME=SPEC", help="x=2x3x224x224:float32"),
     click.option("--data", type=click.Path(), metavar="FILE", help="A real batch: .npz, .npy or .pt by input name."),
     click.option("--loss", is_flag=True, help="The model's output is its loss: differentiate that."),
+    click.option("--jvp", is_flag=True, help="Push a random direction forward too: gains in the JSON report."),
     click.option("--base", metavar="CKPT", help="The checkpoint that this one was tuned from."),
     click.option("--arch", metavar="MODEL", help="The program for a file that holds weights only."),
     click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps"),

@@ -56,6 +56,7 @@ probe = false
 inputs = {x = "2x3:float32"}
 data = "batch.npz"
 loss = true
+jvp = true
 base = "base.safetensors"
 arch = "pkg:Net"
 device = "cpu"

@@ -17,6 +17,7 @@ from initaudit.probe.features import rehearsal_decides
 from initaudit.probe.propagation import Prediction, propagate
 from initaudit.probe.rehearse import rehearse
 from initaudit.probe.run import probe
+from initaudit.probe.tangents import forward_gains
 from initaudit.probe.trace import Trace
 from initaudit.probe.verdict import Risk, judge
 
@@ -62,6 +63,9 @@ def probed(
                 say(f"rehearsing {config.rehearse} steps")
                 rehearsal = rehearse(graph, inputs, config.rehearse, seed=config.seed, device=device, loss=config.loss)
                 trace = replace(trace, rehearsal=rehearsal)
+            if config.jvp:
+                say("probing: tangents forward")
+                trace = replace(trace, forward=forward_gains(graph, inputs, trace, seed=config.seed, device=device))
             risks = [judge(graph, trace)]
             for seed in range(config.seed + 1, config.seed + config.probe_seeds):
                 batch = _redrawn(inputs, seed) if synthetic else inputs

@@ -7,7 +7,8 @@ from typing import Any
 
 from initaudit.graph.graph import location_of
 from initaudit.probe.measures import Measures
-from initaudit.probe.trace import Kernel, TimeRecord
+from initaudit.probe.tangents import ForwardGains
+from initaudit.probe.trace import Kernel, TimeRecord, Trace
 from initaudit.rules.evidence import Evidence
 
 
@@ -32,6 +33,7 @@ def probe_report(evidence: Evidence) -> dict[str, Any]:
         "first_non_finite_gradient": _site(sites, trace.first_non_finite_gradient),
         "gram": {} if gram is None else {"examples": gram.examples, "sgd": _kernel(gram.sgd), "adam": _kernel(gram.adam)},
         **(_measures(trace.measures, sites) if trace.measures is not None else {}),
+        **_forward(trace, sites),
         "entropy": [
             {"site": sites.get(s.node, s.node), "entropy": s.entropy}
             for s in sorted(trace.signals.values(), key=lambda s: s.order)
@@ -66,6 +68,25 @@ def _measures(measures: Measures, sites: Mapping[str, str]) -> dict[str, Any]:
             for name, room in measures.headroom.items()
         },
     }
+
+
+def _forward(trace: Trace, sites: Mapping[str, str]) -> dict[str, Any]:
+    """The gains in forward mode beside those of the backward pass; empty where they were not asked for."""
+    seen = trace.forward
+    if seen is None:
+        return {}
+    blocks = trace.measures.blocks if trace.measures is not None else ()
+    gains = [
+        {"start": sites.get(b.start, b.start), "end": sites.get(b.end, b.end), "gain": gain}
+        for b, gain in zip(blocks, seen.blocks, strict=True)
+    ]
+    missing = {sites.get(name, name): why for name, why in seen.missing.items()}
+    return {"jvp": {"gain": seen.gain, "blocks": gains, "edges": _edges(trace, seen, sites), "missing": missing}}
+
+
+def _edges(trace: Trace, seen: ForwardGains, sites: Mapping[str, str]) -> list[dict[str, Any]]:
+    ordered = sorted((s for s in trace.signals.values() if s.node in seen.moment2), key=lambda s: s.order)
+    return [{"site": sites.get(s.node, s.node), "moment2": seen.moment2[s.node]} for s in ordered]
 
 
 def _time(record: TimeRecord, sites: Mapping[str, str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Missing:
 
 
 # What an operator raises on values that it cannot take; a failing node is recorded and what lies downstream is unknown.
-_FAILURES = (InitauditError, RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AssertionError)
+FAILURES = (InitauditError, RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AssertionError)
 
 
 class Observer:
@@ -77,7 +77,7 @@ class Pass(Executor):
         constant, key = self.source.constants[str(target)], str(target)
         if key in self.parameters:
             return self.parameters[key]
-        value: Tensor = _single(super().get_attr(target, args, kwargs))
+        value: Tensor = single(super().get_attr(target, args, kwargs))
         if key in self.shift:
             value = value + self.shift[key]
         if constant.kind == "parameter" and constant.trainable and value.is_floating_point():
@@ -92,7 +92,7 @@ class Pass(Executor):
                 return self._leaf(n, node)
             value = self.env[node]
             # A weight that is rescaled in place on its way (without gradient, in the original) is a leaf here.
-            return value * 1 if isinstance(value, Tensor) and value.is_leaf and value.requires_grad and _writes(n) else value
+            return value * 1 if isinstance(value, Tensor) and value.is_leaf and value.requires_grad and writes(n) else value
 
         return fx.node.map_arg(args, load)
 
@@ -106,7 +106,7 @@ class Pass(Executor):
                 leaf = self.leaves[consumer, source] = value.detach().requires_grad_(True)
             value = leaf
         # Writing in place to a weight would change it for its other consumers.
-        return value * 1 if _writes(consumer) and value.is_floating_point() else value.clone() if _writes(consumer) else value
+        return value * 1 if writes(consumer) and value.is_floating_point() else value.clone() if writes(consumer) else value
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs a node; what fails is missing from there on."""
@@ -120,8 +120,8 @@ class Pass(Executor):
             return None
         try:
             with torch.set_grad_enabled(True):
-                value: Tensor = _single(super().run_node(n))
-        except _FAILURES as error:
+                value: Tensor = single(super().run_node(n))
+        except FAILURES as error:
             text = " ".join(str(error).split())
             self.missing[n] = f"{type(error).__name__}: {text[:200]}"
             self.frontier += [v for a in n.all_input_nodes if (v := first_tensor(self.env.get(a))) is not None]
@@ -165,7 +165,7 @@ class Pass(Executor):
             return
         self.uses[n] = weight_uses(n, self.constant)
         plain = tuple(u.use for u in self.uses[n])
-        if _writes(n):
+        if writes(n):
             # Running it once more would write once more.
             source = next((a for a in n.all_input_nodes if a in self.axes), None)
             same = source is not None and self.shapes[source] == tuple(head.shape)
@@ -238,16 +238,16 @@ class Pass(Executor):
         return found
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _single(value: Any) -> Any:
+def single(value: Any) -> Any:
     """float16, bfloat16 and float64 become float32: the probe is about the mathematics, not about rounding."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() and value.dtype != torch.float32 else value
     if isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value):
-        return tuple(_single(v) for v in value)
+        return tuple(single(v) for v in value)
     return value
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from initaudit.probe.measures import Measures
     from initaudit.probe.rehearse import Rehearsal
+    from initaudit.probe.tangents import ForwardGains
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ class Trace:
     time: tuple[TimeRecord, ...] = ()
     measures: Measures | None = None
     rehearsal: Rehearsal | None = None
+    forward: ForwardGains | None = None
     response: tuple[Response, ...] = ()
 
     @property
