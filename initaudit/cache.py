@@ -23,7 +23,7 @@ from initaudit.errors import UsageError
 from initaudit.location import Location
 from initaudit.report.report import Activation, Layer, ModelReport
 from initaudit.report.write import write_whole
-from initaudit.rules.rule import Finding
+from initaudit.rules.rule import Block, Finding
 
 VARIABLE = "INITAUDIT_CACHE_DIR"
 MOST_ENTRIES = 500
@@ -33,7 +33,7 @@ MOST_BYTES = 64 << 20
 WHOLE = 512 << 20
 NEIGHBOURS = 5000  # files beside a model that points to others
 _BLOCK = 1 << 20
-_RECORDS = {cls.__name__: cls for cls in (ModelReport, Layer, Activation, Finding, Location)}
+_RECORDS = {cls.__name__: cls for cls in (ModelReport, Layer, Activation, Finding, Block, Location)}
 # What has no influence on a report about one model, or is applied to it afterwards.
 _APART = ("jobs", "models", "baseline", "strict", "fail_on", "cache", "origin")
 
