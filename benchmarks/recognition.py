@@ -5,7 +5,8 @@
 
 Four tables: fresh tensors of every scheme of the catalogue, by shape and by family (twelve shapes of 64 to 10 million weights,
 three dtypes); tensors of a million weights whose variance is a tenth above or below that of their scheme; tensors of small
-networks trained on scikit-learn's digits. Each task is a line of the file of results, so that a run can be taken up again.
+networks trained on scikit-learn's digits. Each task is a line of the file of results, so that a run can be taken up again, and
+a few seeds of everything come before further ones: what has been run at any time covers every scheme, shape and dtype.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from initaudit.measure.observation import observe
 Array = np.ndarray[Any, Any]
 
 STATE = Path("recognition.jsonl")
+ROUND = 4  # seeds of everything before the next
 LINEAR, KERNEL, TRANSPOSED = ("o", "i"), ("o", "i", "k", "k"), ("i", "o", "k", "k")
 SITES: dict[str, Site] = {
     "linear 8x8": site_of((8, 8), LINEAR),
@@ -118,13 +120,13 @@ def holds(dtype: np.dtype[Any], values: Array, std: float) -> bool:
 
 
 def fresh(task: str) -> Mapping[str, Any]:
-    """The counts of one scheme at one shape, by dtype."""
+    """The counts of one scheme at one shape, by dtype, over the seeds of one round."""
     _, label, name, seeds = task.split("|")
     site = SITES[label]
     scheme = next((s for s in catalogue(site) if s.name == name), None)
     counts = {d.name: collections.Counter[str]() for d in DTYPES}
     alike = name in ("identity", "dirac") or (scheme is not None and scheme.distribution == "constant")
-    for seed in range(1 if alike else int(seeds)):
+    for seed in span(seeds)[: 1 if alike else None]:
         # The number of the task is part of the seed: no two schemes share a draw.
         rng = np.random.default_rng([seed, site.size, sum(name.encode()), len(name)])
         if scheme is None:
@@ -145,7 +147,7 @@ def tenth(task: str) -> Mapping[str, Any]:
     site = MILLION[label]
     scheme = next(s for s in catalogue(site) if s.name == name)
     counts = {d.name: collections.Counter[str]() for d in DTYPES}
-    for seed in range(int(seeds)):
+    for seed in span(seeds):
         values = draw(scheme, site.shape, np.random.default_rng([seed, site.size, sum(name.encode()), len(name)]))
         for factor in (1.1, 1 / 1.1):
             scaled = values * np.float32(factor**0.5)
@@ -162,16 +164,25 @@ def work(task: str) -> Mapping[str, Any]:
     return {"fresh": fresh, "tenth": tenth}[task.partition("|")[0]](task)
 
 
+def span(seeds: str) -> range:
+    """The seeds of a task, written as first-beyond."""
+    return range(*map(int, seeds.split("-")))
+
+
 def tasks(seeds: int) -> Iterator[str]:
-    """Small shapes first."""
-    for label, site in SITES.items():
-        for name in (*structures(site), *(s.name for s in catalogue(site))):
-            yield f"fresh|{label}|{name}|{seeds}"
-    for label, site in MILLION.items():
-        for scheme in catalogue(site):
-            if scheme.distribution != "constant":
-                # Seventy standard errors apart: few draws of each are enough.
-                yield f"tenth|{label}|{scheme.name}|{max(1, seeds // 5)}"
+    """Round by round, small shapes first; what has no chance in it is drawn in the first round only."""
+    for first in range(0, seeds, ROUND):
+        part = f"{first}-{min(first + ROUND, seeds)}"
+        for label, site in SITES.items():
+            alike = {"identity", "dirac", *(s.name for s in catalogue(site) if s.distribution == "constant")}
+            for name in (*structures(site), *(s.name for s in catalogue(site))):
+                if first == 0 or name not in alike:
+                    yield f"fresh|{label}|{name}|{part}"
+        # Seventy standard errors apart: the draws of one round are enough.
+        for label, site in MILLION.items() if first == 0 else ():
+            for scheme in catalogue(site):
+                if scheme.distribution != "constant":
+                    yield f"tenth|{label}|{scheme.name}|{part}"
 
 
 def summed(rows: Mapping[str, Row], word: str, key: Callable[[str, str, str], object]) -> dict[Any, collections.Counter[str]]:

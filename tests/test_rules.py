@@ -1,5 +1,6 @@
 """Every rule is judged by its own examples; the set of rules by what a reader may expect of it."""
 
+import ast
 import dataclasses
 import math
 import re
@@ -15,10 +16,16 @@ from initaudit.rules import all_rules
 from initaudit.rules.health import health
 from initaudit.rules.ia310_large_initial_logits import expected_loss
 from initaudit.rules.roots import CAUSES, findings_of, fold
-from initaudit.rules.rule import SEVERITIES, Finding
+from initaudit.rules.rule import EXACT, SEVERITIES, Finding
 from initaudit.rules.support import ratio_of, view
 
 RULES = {r.code: r for r in all_rules()}
+# Those that judge a tensor: each of their findings owes its reader six things.
+STATIC = {c for c in RULES if c.startswith(("IA1", "IA2", "IA4", "IA5", "IA601"))} - {"IA502", "IA505", "IA507"}
+CONSEQUENCE = re.compile(
+    r"learn|gradient|signal|train|step|start|alone|NaN|infinite|float16|contributes|loaded|drift|grow|sends? on|computes|"
+    r"initialization gives|ends at",
+)
 EXAMPLES = [(r.code, kind, e) for r in RULES.values() for kind in ("valid", "invalid") for e in getattr(r, kind)()]
 
 
@@ -47,6 +54,22 @@ def test_example(code, kind, example):
         assert [f for f in findings_of(evidence) if f.severity != "info"] == [], "a healthy example alarms another rule"
     for finding in found:
         judge_text(finding)
+        if code in STATIC:
+            judge_elements(finding)
+
+
+def judge_elements(finding):
+    """Measured, expected, by which law, how many standard errors apart, what it does to training, the line to type."""
+    assert finding.measured is not None, "nothing is said to be measured"
+    assert finding.expected is not None, "nothing is said to be expected"
+    assert finding.law.removeprefix(EXACT).strip(), "no law"
+    exact = finding.law.startswith(EXACT)
+    assert exact == (finding.standard_errors is None), "standard errors, or a law that says that there are none"
+    assert exact or math.isfinite(finding.standard_errors)
+    assert CONSEQUENCE.search(finding.message), finding.message
+    ast.parse(finding.help)
+    assert re.search(r"torch\.|\.tie_weights\(\)| = model\.|initaudit\.audit\(", finding.help), finding.help
+    assert len(finding.message.split()) <= 70, "more than is read at a glance"
 
 
 def judge_text(finding):
@@ -220,6 +243,8 @@ def test_problems_of_the_loader_become_findings():
         (found,) = RULES[problem.code].check(evidence)
         assert found.tensor == "a.weight"
         judge_text(found)
+        if found.code in STATIC:
+            judge_elements(found)
 
 
 def test_without_a_probe_it_is_said():

@@ -113,6 +113,8 @@ def finding_dict(finding: Finding) -> dict[str, Any]:
         "help": finding.help,
         "measured": finding.measured,
         "expected": finding.expected,
+        "law": finding.law,
+        "standard_errors": finding.standard_errors,
         "related": list(finding.related),
         "profile": [
             {"start": b.start, "end": b.end, "signal_moment2": b.signal, "gradient_moment2": b.gradient, "gain": b.gain}

@@ -68,7 +68,13 @@ def _result(model: ModelReport, finding: Finding, mark: str, index: int) -> dict
         "message": {"text": text},
         "locations": [_location(model, finding)],
         "partialFingerprints": {"initaudit/v1": mark},
-        "properties": {"measured": finding.measured, "expected": finding.expected, "related": list(finding.related)},
+        "properties": {
+            "measured": finding.measured,
+            "expected": finding.expected,
+            "law": finding.law,
+            "standardErrors": finding.standard_errors,
+            "related": list(finding.related),
+        },
     }
 
 

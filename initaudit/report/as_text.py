@@ -130,6 +130,9 @@ def finding_lines(finding: Finding, style: Style) -> Iterator[str]:
     if where and where != tensor:
         yield "  " + style.paint(shorten("at " + where, style.width - 2), "dim")
     yield wrap(escape(finding.message), style.width, "  ")
+    # What the message does not say in words: that there is no sampling error, or how far apart the numbers are.
+    if finding.law and "standard error" not in finding.message:
+        yield style.paint(wrap(escape(law_in_short(finding)), style.width, "  "), "dim")
     if finding.profile and (short := in_short(finding.profile)):
         yield style.paint(wrap(escape(short), style.width, "  "), "dim")
     if finding.help:
@@ -139,6 +142,12 @@ def finding_lines(finding: Finding, style: Style) -> Iterator[str]:
         names = ", ".join(shorten(escape(name), 60) for name in shown)
         more = len(finding.related) - len(shown)
         yield wrap(f"also: {names}" + (f" and {more} more" if more else ""), style.width, "  ")
+
+
+def law_in_short(finding: Finding) -> str:
+    """What was expected, by which law, how many standard errors away."""
+    away = "" if finding.standard_errors is None else f", {abs(finding.standard_errors):.0f} standard errors away"
+    return f"expected {number(finding.expected)}{away}; {finding.law}"
 
 
 def summary_lines(model: ModelReport, style: Style) -> Iterator[str]:

@@ -73,6 +73,8 @@ class VarianceTooLarge(Rule):
             severity="error" if found.level == "error" else "warning",
             measured=first.moments.variance,
             expected=expected,
+            law="gain²/fan_in keeps the signal's second moment (He et al. 2015, eq. 10)",
+            standard_errors=sigmas(first, expected),
             related=tuple(x.tensor for x in found.layers[1:]),
             **fields(first),
         )
@@ -93,6 +95,8 @@ class VarianceTooLarge(Rule):
                     init_line(layer),
                     measured=layer.moments.variance,
                     expected=1 / width,
+                    law="a spectral radius of 1 keeps the state's size (Girko 1984)",
+                    standard_errors=sigmas(layer, 1 / width),
                     **fields(layer),
                 )
 

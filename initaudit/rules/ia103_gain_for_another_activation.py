@@ -58,6 +58,8 @@ class GainForAnotherActivation(Rule):
             severity="error" if found.level == "error" else "warning",
             measured=first.moments.variance,
             expected=expected,
+            law="gain²/fan_in keeps the signal's second moment (He et al. 2015, eq. 10)",
+            standard_errors=sigmas(first, expected),
             related=tuple(x.tensor for x in found.layers if x is not first),
             **fields(first),
         )

@@ -72,6 +72,8 @@ class FansSwapped(Rule):
             severity="error" if health(evidence).exploding == "error" or health(evidence).vanishing == "error" else "warning",
             measured=first.moments.variance,
             expected=expected,
+            law=f"{law} with the fans of the unit",
+            standard_errors=sigmas(first, expected),
             related=tuple(x.tensor for x, _ in found[1:]),
             **fields(first),
         )

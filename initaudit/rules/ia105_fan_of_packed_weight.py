@@ -60,6 +60,8 @@ class FanOfPackedWeight(Rule):
                 severity="info",
                 measured=first.moments.variance,
                 expected=expected,
+                law="Xavier of each projection on its own: 2/(fan_in + fan_out)",
+                standard_errors=sigmas(first, expected),
                 related=tuple(x.tensor for x in packed[1:]),
                 **fields(first),
             )
@@ -84,6 +86,8 @@ class FanOfPackedWeight(Rule):
             severity="error" if level == "error" else "warning" if level else "info",
             measured=first.moments.variance,
             expected=expected,
+            law=f"{law} with the fan of one matrix",
+            standard_errors=sigmas(first, expected),
             related=tuple(x.tensor for x, _ in stacked[1:]),
             **fields(first),
         )
@@ -96,12 +100,14 @@ class FanOfPackedWeight(Rule):
             f"variance {first.moments.variance:.3g} is that of a law with the channels of all {first.pair.groups} groups "
             "counted; a unit sees one "
             f"group, fan_in {first.pair.fan_in}, and needs {expected:.3g} (He): {first.moments.variance / expected:.2g} of it "
-            f"is there, {abs(sigmas(first, expected)):.0f} standard errors below, which "
-            f"{len(grouped)} such layers multiply on the way to the output",
+            f"is there, {abs(sigmas(first, expected)):.0f} standard errors below, a loss of "
+            f"signal that {len(grouped)} such layers multiply",
             each("torch.nn.init.kaiming_normal_({})", [expression_of(x) for x in grouped]),
             severity="error" if level == "error" else "warning" if level else "info",
             measured=first.moments.variance,
             expected=expected,
+            law="He et al. 2015, eq. 10: 2/fan_in, of the inputs of one group",
+            standard_errors=sigmas(first, expected),
             related=tuple(x.tensor for x in grouped[1:]),
             **fields(first),
         )

@@ -103,6 +103,8 @@ class ResidualBranchNotScaled(Rule):
             severity="warning" if wrong or grown else "info",
             measured=writer.moments.std,
             expected=spread * factor,
+            law="GPT-2: the others' standard deviation over the square root of the number of branches",
+            standard_errors=_errors(writer, spread * factor),
             related=tuple(x.tensor for x in (*stack.writers[1:], *wrong)),
             **fields(writer),
         )
@@ -126,6 +128,8 @@ class ResidualBranchNotScaled(Rule):
             normal_line([(x, usual) for x in unscaled]),
             measured=first.moments.std,
             expected=usual,
+            law="the standard deviation of the other matrices that return to the stream",
+            standard_errors=_errors(first, usual),
             related=tuple(x.tensor for x in unscaled[1:]),
             **fields(first),
         )

@@ -71,6 +71,8 @@ class NonzeroMean(Rule):
             severity="error" if level == "error" else "info" if absorbed and not level else "warning",
             measured=moments.mean,
             expected=0.0,
+            law="every initialization of a weight is centred on zero",
+            standard_errors=moments.mean / error,
             related=tuple(x.tensor for x in off[1:]),
             **fields(first),
         )

@@ -82,6 +82,8 @@ class PinnedOutliers(Rule):
             severity="warning" if power > self.limit(evidence, "power") else "info",
             measured=bound,
             expected=spread,
+            law="the largest of a billion normal values lies at 6.1 standard deviations, and no two are equal",
+            standard_errors=bound / spread,
             related=tuple(x.tensor for x, *_ in found[1:]),
             **fields(layer),
         )

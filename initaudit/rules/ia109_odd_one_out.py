@@ -122,16 +122,18 @@ class OddOneOut(Rule):
         usual = middle.moments.std * math.sqrt(law(middle) / law(first))
         drowns = _joins(first) and first.moments.std > _DROWNS * usual
         quiet = (normalised(first) and not drowns) or not initial(evidence)
+        errors = apart(first.moments.variance, usual**2, math.hypot(error_of(middle), error_of(first)))
         yield self.finding(
             f"standard deviation {first.moments.std:.3g}, {first.moments.std / usual:.2g} of the {usual:.3g} of its "
             f"{len(agree)} siblings before the same {activation_of(first)}, "
-            f"{abs(apart(first.moments.variance, usual**2, math.hypot(error_of(middle), error_of(first)))):.0f} standard "
-            "errors apart: "
+            f"{abs(errors):.0f} standard errors apart: "
             "it was probably left out by the initializer, and changes signal and gradient by that factor",
             normal_line([(x, middle.moments.std * math.sqrt(law(middle) / law(x))) for x in odd]),
             severity="info" if quiet else "warning",
             measured=first.moments.std,
             expected=usual,
+            law="siblings of one role are drawn by one law",
+            standard_errors=errors,
             related=tuple(x.tensor for x in odd[1:]),
             **fields(first),
         )

@@ -64,6 +64,8 @@ class StdUsedAsBound(Rule):
             severity="error" if level == "error" else "warning" if level else "info",
             measured=first.moments.variance,
             expected=meant,
+            law=f"{law}; the bound of a uniform law is sqrt(3) standard deviations",
+            standard_errors=sigmas(first, meant),
             related=tuple(x.tensor for x, _ in found[1:]),
             **fields(first),
         )

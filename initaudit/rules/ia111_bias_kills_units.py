@@ -10,7 +10,7 @@ import numpy as np
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import each, parameter
-from initaudit.rules.rule import Example, Finding, Rule, Threshold
+from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, normalised
 
 # A sum of many inputs is normal: beyond four standard deviations a unit is on for one input in thirty thousand.
@@ -84,6 +84,7 @@ class BiasKillsUnits(Rule):
             severity=("error" if share > self.limit(evidence, "error") else "warning") if matters else "info",
             measured=float(values.mean()),
             expected=0.0,
+            law=EXACT + "biases start at zero, or within 1/sqrt(fan_in) of it",
             related=(bias, *(x.tensor for x, _ in found[1:])),
             **fields(layer),
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import EXACT, Example, Finding, Rule
 from initaudit.rules.structure import last_layers
 from initaudit.rules.support import fields, fresh_layers, initial, to_output
 
@@ -44,10 +44,11 @@ class ConstantWeight(Rule):
             reason = _reason(evidence, layer)
             if reason:
                 yield self.finding(
-                    f"all {layer.moments.count:,} weights are {layer.moments.mean:.6g}: {reason}",
+                    f"all {layer.moments.count:,} weights are exactly {layer.moments.mean:.6g}: {reason}",
                     init_line(layer),
                     measured=0.0,
-                    expected=layer.expectation.exact,
+                    expected=layer.expectation.exact or layer.expectation.lecun or 1 / max(1, layer.pair.fan_in),
+                    law=EXACT + "gain²/fan_in is a spread, and a constant has none",
                     **fields(layer),
                 )
 

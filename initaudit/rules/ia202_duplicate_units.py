@@ -11,7 +11,7 @@ from initaudit.measure.symmetry import duplicate_rows
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule, Threshold
+from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.structure import readers
 from initaudit.rules.support import fields, initial
 
@@ -87,6 +87,7 @@ class DuplicateUnits(Rule):
             severity="error" if copies >= self.limit(evidence, "error") * units else "warning",
             measured=float(units - copies),
             expected=float(units),
+            law=EXACT + "two drawn units are never equal",
             **fields(layer),
         )
 

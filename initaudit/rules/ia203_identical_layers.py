@@ -13,7 +13,7 @@ from initaudit.measure.symmetry import duplicate_rows
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import EXACT, Example, Finding, Rule
 from initaudit.rules.structure import is_tie
 from initaudit.rules.support import fields, fresh_layers, initial, names
 
@@ -77,6 +77,7 @@ class IdenticalLayers(Rule):
             init_line(*_again(groups)),
             measured=float(len(groups)),
             expected=float(len({x.tensor for g in groups for x in g})),
+            law=EXACT + "two drawn weights are never equal",
             related=tuple(dict.fromkeys(x.tensor for x in others)),
             **fields(first),
         )
@@ -101,6 +102,7 @@ class IdenticalLayers(Rule):
                     init_line(layer),
                     measured=float(len(flat) - copies),
                     expected=float(len(flat)),
+                    law=EXACT + "two drawn matrices are never equal",
                     **fields(layer),
                 )
 
@@ -122,6 +124,7 @@ class IdenticalLayers(Rule):
             init_line(*group[1:]),
             measured=1.0,
             expected=float(len(group)),
+            law=EXACT + "two sequences of random numbers are never equal",
             related=tuple(x.tensor for x in group[1:]),
             **fields(group[0]),
         )

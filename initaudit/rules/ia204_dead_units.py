@@ -10,7 +10,7 @@ import numpy as np
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule, Threshold
+from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.structure import readers, reading_inputs
 from initaudit.rules.support import fields, initial, normalised, to_output
 
@@ -63,6 +63,7 @@ class DeadUnits(Rule):
                 severity="warning" if why else "info",
                 measured=float(rows.sum()),
                 expected=0.0,
+                law=EXACT + "a drawn weight is not zero",
                 **fields(layer),
             )
 
@@ -78,6 +79,7 @@ class DeadUnits(Rule):
                 severity="info",
                 measured=float(columns.sum()),
                 expected=0.0,
+                law=EXACT + "a drawn weight is not zero",
                 **fields(layer),
             )
 

@@ -10,7 +10,7 @@ import numpy as np
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule, Threshold
+from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, fresh_layers, initial, to_output
 
 # A weight is projected to this many rows and columns, which keeps its rank up to that.
@@ -69,6 +69,7 @@ class RankDeficient(Rule):
                     init_line(layer),
                     measured=float(rank),
                     expected=float(most),
+                    law=EXACT + "a drawn matrix has full rank",
                     **fields(layer),
                 )
 

@@ -11,7 +11,7 @@ import numpy as np
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
 from initaudit.rules.remedy import reset_line
-from initaudit.rules.rule import Example, Finding, Rule, Threshold
+from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.support import initial
 
 # Values of a drawn or trained weight lie within a few powers of ten of each other. Arbitrary bytes are spread evenly over the
@@ -128,6 +128,7 @@ class UninitialisedMemory(Rule):
                 site=layer.pair.site if layer is not None else "",
                 measured=above,
                 expected=0.0,
+                law=EXACT + "a law of one scale has such values on one side at most",
             )
 
     def _patterns(self, evidence: Evidence, name: str, found: tuple[int, float] | None) -> Iterator[Finding]:
@@ -144,6 +145,8 @@ class UninitialisedMemory(Rule):
             site=layer.pair.site if layer is not None else "",
             measured=share,
             expected=0.5,
+            law="the lower bits of a draw, or of a trained weight, are fair coins",
+            standard_errors=errors,
         )
 
     def _gap(self, evidence: Evidence, name: str, least: float | None) -> Iterator[Finding]:
@@ -160,6 +163,8 @@ class UninitialisedMemory(Rule):
             site=layer.pair.site if layer is not None else "",
             measured=least,
             expected=_GAP,
+            law="no law is thinner at zero than a uniform one",
+            standard_errors=math.sqrt(_expected()),
         )
 
     def _integers(self, evidence: Evidence, name: str, largest: float) -> Finding:
@@ -171,6 +176,8 @@ class UninitialisedMemory(Rule):
             tensor=name,
             site=layer.pair.site if layer is not None else "",
             measured=largest,
+            expected=self.limit(evidence, "least"),
+            law=EXACT + "the smallest size of a value that any scheme draws",
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, residual
 from initaudit.rules.gates import factors
 from initaudit.rules.remedy import reset_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import EXACT, Example, Finding, Rule
 from initaudit.rules.support import fields, initial, names
 
 
@@ -48,11 +48,14 @@ class ZerosInSeries(Rule):
             return
         first = evidence.layer(stuck[0])
         where = fields(first) if first is not None else {"tensor": stuck[0]}
+        needed = first.expectation.exact if first is not None else None
         yield self.finding(
             f"{names(stuck)} are zero and wait for each other: the gradient of each is a product with another zero, and stays "
             "zero after two steps of all other parameters, so they never learn",
             reset_line(evidence, stuck[0]),
             measured=0.0,
+            expected=needed if needed is not None else 1.0,
+            law=EXACT + "one factor of a product may start at zero, the other is drawn (gain²/fan_in) or one",
             related=tuple(stuck[1:]),
             **where,
         )

@@ -8,7 +8,7 @@ from initaudit.location import NOWHERE
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import convs, example, mlp
 from initaudit.rules.remedy import init_line, reset_line
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.rule import EXACT, Example, Finding, Rule
 from initaudit.rules.structure import is_mask
 from initaudit.rules.support import fresh_layers, ratio_of
 
@@ -61,6 +61,7 @@ class NanOrInf(Rule):
             location=layer.pair.location if layer is not None else NOWHERE,
             measured=float(moments.nan + moments.inf),
             expected=0.0,
+            law=EXACT + "IEEE 754, section 6.2: what meets a NaN is one",
             related=tuple(n for n in bad if n != name),
         )
 
@@ -82,8 +83,13 @@ class NanOrInf(Rule):
         yield self.finding(
             f"the {what} is not finite from {location.site or place} on, although every weight is; "
             + ("the probe's inputs may be outside of what the model takes" if early else "after one step no weight is finite"),
-            "give a batch of real inputs with --data" if early else _smaller(evidence),
+            "initaudit.audit(model, inputs)  # a batch of real inputs; --data on the command line"
+            if early
+            else _smaller(evidence),
             severity="info" if early else "error",
+            measured=float(sum(not s.finite for s in trace.signals.values())),
+            expected=0.0,
+            law=EXACT + "operators of the probe whose signal is not finite",
             site=location.site,
             location=location,
         )
@@ -105,7 +111,11 @@ class NanOrInf(Rule):
 def _smaller(evidence: Evidence) -> str:
     """The line that draws again what is too large for its activation."""
     large = list({x.tensor: x for x in fresh_layers(evidence) if (ratio_of(x) or 0.0) > _LARGE}.values())
-    return init_line(*large) if large else "draw the weights before it with a smaller variance"
+    return (
+        init_line(*large)
+        if large
+        else "torch.autograd.set_detect_anomaly(True)  # no weight is too large: look at the operator itself"
+    )
 
 
 def _trainable(evidence: Evidence, name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
 from initaudit.rules.remedy import init_line, reset_line
-from initaudit.rules.rule import Example, Finding, Rule, Threshold
+from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.structure import is_mask
 from initaudit.rules.support import fields, names
 
@@ -64,6 +64,7 @@ class HalfOverflow(Rule):
             severity="error" if half else "info",
             measured=peak,
             expected=HALF,
+            law=EXACT + "the largest number of float16 (IEEE 754)",
             related=tuple(x.tensor for _, x in over[1:]),
             **fields(first),
         )
@@ -91,6 +92,7 @@ class HalfOverflow(Rule):
             severity="error" if half or peak > self.limit(evidence, "absurd") else "warning",
             measured=peak,
             expected=HALF,
+            law=EXACT + "the largest number of float16 (IEEE 754)",
             related=tuple(n for n in large if n != name),
             **where,
         )

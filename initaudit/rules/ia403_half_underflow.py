@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from initaudit.rules.evidence import Evidence
+from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import Example, Finding, Rule, Threshold
+from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, initial, names
 
 # The smallest positive number of each type (subnormal), IEEE 754-2008, table 3.5, and bfloat16's.
@@ -67,6 +67,7 @@ class HalfUnderflow(Rule):
                     init_line(layer),
                     measured=lost,
                     expected=0.0,
+                    law=EXACT + f"values below half of {smallest:.2g} round to zero",
                     **fields(layer),
                 )
         yield from self._gradients(evidence)
@@ -74,7 +75,7 @@ class HalfUnderflow(Rule):
     def _gradients(self, evidence: Evidence) -> Iterator[Finding]:
         if evidence.trace is None or not initial(evidence):
             return
-        small = []
+        small: list[tuple[float, LayerEvidence]] = []
         for layer in evidence.layers:
             array = evidence.checkpoint.arrays.get(layer.tensor)
             kind = evidence.config.dtype or (array.dtype if array is not None else "")
@@ -82,16 +83,18 @@ class HalfUnderflow(Rule):
                 continue
             norm, count = layer.records[0].gradient_norm, layer.records[0].elements
             if norm is not None and 0 < norm / math.sqrt(count) < SMALLEST["float16"]:
-                small.append(layer)
+                small.append((norm / math.sqrt(count), layer))
         if small:
             yield self.finding(
-                f"gradients of {names(small)} are below {SMALLEST['float16']:.2g} in size, the smallest float16: without "
-                "loss scaling "
-                "they are zero",
-                "scale the loss with torch.amp.GradScaler, or train in bfloat16",
+                f"gradients of {names([x for _, x in small])} are below {SMALLEST['float16']:.2g} in size, the smallest "
+                "float16: without loss scaling they are zero",
+                "scaler = torch.amp.GradScaler()  # scales the loss; or train in bfloat16",
                 severity="info",
-                related=tuple(x.tensor for x in small[1:]),
-                **fields(small[0]),
+                measured=small[0][0],
+                expected=SMALLEST["float16"],
+                law=EXACT + "the smallest number of float16 (IEEE 754)",
+                related=tuple(x.tensor for _, x in small[1:]),
+                **fields(small[0][1]),
             )
 
     @classmethod

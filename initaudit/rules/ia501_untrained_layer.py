@@ -7,8 +7,9 @@ from typing import Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, trained
-from initaudit.rules.rule import Example, Finding, Rule, Threshold
-from initaudit.rules.support import names, to_output
+from initaudit.rules.remedy import init_line
+from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
+from initaudit.rules.support import names, sigmas, to_output
 
 # Trained layers that make a checkpoint a trained one, and the share that may be fresh before the checkpoint is a new model.
 _TRAINED = 2
@@ -57,14 +58,17 @@ class UntrainedLayer(Rule):
         first = fresh[0]
         assert first.recognition is not None
         fit = first.recognition.schemes[0]
+        errors = sigmas(first, fit.variance)
         yield self.finding(
             f"{names(fresh)} still {'has' if len(fresh) == 1 else 'have'} the distribution of a fresh draw: {fit.name} fits "
-            f"{first.tensor} with p = {fit.p_value:.2g}, while {len(trained)} other weights are trained: "
-            + ("right for a new head, else it was not loaded" if head else "it was probably not loaded"),
-            "compare the checkpoint's names with the model's: model.load_state_dict(state, strict=True)",
+            f"{first.tensor} (p = {fit.p_value:.2g}, {abs(errors):.1f} standard errors away), while {len(trained)} others are "
+            "trained: " + ("right for a new head, else it was not loaded" if head else "it was probably not loaded"),
+            _again(*fresh),
             severity="info" if head else "error",
             measured=first.moments.variance,
             expected=fit.variance,
+            law=fit.name,
+            standard_errors=errors,
             tensor=first.tensor,
             site=first.pair.site,
             location=first.pair.location,
@@ -85,8 +89,10 @@ class UntrainedLayer(Rule):
         yield self.finding(
             f"all {empty[0].moments.count:,} values of {names(empty)} are zero, and no gradient reaches {names(cut)} any more, "
             f"which {'was' if len(cut) == 1 else 'were'} trained: the zeros came later, as of a tensor that was not loaded",
-            "compare the checkpoint's names with the model's: model.load_state_dict(state, strict=True)",
+            _again(*empty),
             measured=0.0,
+            expected=empty[0].expectation.exact or empty[0].expectation.lecun or 1 / max(1, empty[0].pair.fan_in),
+            law=EXACT + "gain²/fan_in is a spread, and zeros have none",
             tensor=empty[0].tensor,
             site=empty[0].pair.site,
             location=empty[0].pair.location,
@@ -106,6 +112,11 @@ class UntrainedLayer(Rule):
             example("a layer of zeros", lambda: trained(lambda m: linear(m)[2].weight.zero_())),
             example("a head made again", lambda: trained(lambda m: m.append(_head(m.pop(-1))))),
         )
+
+
+def _again(*layers: LayerEvidence) -> str:
+    """Loading says what is missing; the draw is for a layer that is meant to be new, and must not come first."""
+    return f"model.load_state_dict(state, strict=True)  # names what is missing; a new layer: {init_line(*layers)}"
 
 
 def _head(old: Any) -> Any:

@@ -12,7 +12,7 @@ from initaudit.measure.blocks import blocks, forget
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example
 from initaudit.rules.remedy import expression_of, parameter
-from initaudit.rules.rule import Example, Finding, Rule, Threshold
+from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.structure import is_tie
 from initaudit.rules.support import fields, to_output
 
@@ -20,6 +20,9 @@ from initaudit.rules.support import fields, to_output
 _SHARED = 0.5
 # What the configurations of transformers call the width of the embedding.
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
+
+# Of a tie that is said to have been there: parameters that hold the values.
+_LOST: dict[str, Any] = {"measured": 2.0, "expected": 1.0, "law": EXACT + "one parameter under two names"}
 
 
 class LostTie(Rule):
@@ -51,19 +54,26 @@ class LostTie(Rule):
         """One finding for each tie."""
         for problem in evidence.checkpoint.problems:
             if problem.code == self.code:
-                yield self.finding(problem.message, "tie the weights again: model.tie_weights()", tensor=problem.tensor)
+                text = f"{problem.message}; the two drift apart in training"
+                yield self.finding(text, "model.tie_weights()", tensor=problem.tensor, **_LOST)
         for change in evidence.base.of("untied") if evidence.base is not None else ():
             yield self.finding(
                 "this weight shares its values with another in the base and no longer does here: the tie was lost",
-                "tie the weights again: model.tie_weights()",
+                "model.tie_weights()",
                 tensor=change.tensor,
+                **_LOST,
             )
         for change in evidence.base.of("tied again") if evidence.base is not None else ():
             yield self.finding(
                 "this weight is a parameter of its own in the base and is tied to another here: one of the two was dropped",
-                "untie them, or tune from a base that is tied",
+                "{0} = torch.nn.Parameter({0}.detach().clone())  # or tune from a base that is tied".format(
+                    parameter(evidence, change.tensor)
+                ),
                 severity="info",
                 tensor=change.tensor,
+                measured=1.0,
+                expected=2.0,
+                law=EXACT + "the base keeps two parameters",
             )
         yield from self._copies(evidence)
         found = _untied(evidence.checkpoint.program) or _in_folder(evidence)
@@ -77,6 +87,7 @@ class LostTie(Rule):
                 tensor=name,
                 measured=difference,
                 expected=0.0,
+                law=EXACT + "two names of one parameter hold the same values",
             )
 
     def _copies(self, evidence: Evidence) -> Iterator[Finding]:
@@ -98,6 +109,8 @@ class LostTie(Rule):
                     "separate parameters: copied where they were to be shared, they drift apart with the first step",
                     f"{expression_of(head)} = {expression_of(table)}",
                     measured=same,
+                    expected=0.0,
+                    law=EXACT + "two parameters that were drawn have no row in common",
                     related=(table.tensor,),
                     **fields(head),
                 )

@@ -8,7 +8,8 @@ from typing import Any
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, trained
 from initaudit.rules.gates import silent
-from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.remedy import parameter
+from initaudit.rules.rule import EXACT, Example, Finding, Rule
 from initaudit.rules.support import names
 
 
@@ -41,12 +42,15 @@ class DeadGate(Rule):
         zero = {n for n, m in evidence.tensors.items() if m.count and m.min == m.max == 0.0}
         gates = silent(evidence.graph, zero)
         if gates:
+            gate = parameter(evidence, gates[0])
             yield self.finding(
                 f"{names(gates)} {'is' if len(gates) == 1 else 'are'} exactly zero in a trained network: what "
-                f"{'it multiplies' if len(gates) == 1 else 'they multiply'} contributes nothing",
-                "train on with this parameter in the optimizer, or remove the branch",
+                f"{'it multiplies' if len(gates) == 1 else 'they multiply'} contributes nothing, and learns nothing",
+                f'optimizer.add_param_group({{"params": [{gate}]}})  # and train on; or open it: torch.nn.init.ones_({gate})',
                 tensor=gates[0],
                 measured=0.0,
+                expected=float(evidence.tensors[gates[0]].count),
+                law=EXACT + "values that differ from zero: a step moves every one whose gradient is not zero",
                 related=tuple(dict.fromkeys(gates[1:])),
             )
 

@@ -65,6 +65,8 @@ class NewLayerOutOfScale(Rule):
                     f"torch.nn.init.normal_({expression_of(layer)}, std={min(0.02, math.sqrt(meant)):.3g})",
                     measured=layer.moments.variance,
                     expected=meant,
+                    law="1/(fan_in E[x²]) gives outputs of the features' size (LeCun)",
+                    standard_errors=(ratio - 1) / (error * max(ratio, 1.0)),
                     **fields(layer),
                 )
 

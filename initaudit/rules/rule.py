@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Severity = Literal["error", "warning", "info"]
 Phase = Literal["init", "trained", "any"]
 
+# What the law of a finding begins with that no sampling stands behind: a copy is a copy, a zero a zero.
+EXACT = "exact, no sampling error: "
+
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
 
 
@@ -42,6 +45,8 @@ class Block:
 class Finding:
     """One problem, at its root. `measured` and `expected` are finite numbers or None.
 
+    `law` says where `expected` comes from, and `standard_errors` how many of them lie between the two: None where the fact is
+    exact, which `law` then says, or where there is no law.
     `tensor` is the weight, `site` the operator that uses it. `message` says what was found and what it will do to training,
     `help` what to type. `related` names the other tensors that the same cause touches. `profile` is the signal and the gradient
     by depth, where the finding is about them.
@@ -57,6 +62,8 @@ class Finding:
     location: Location = NOWHERE
     measured: float | None = None
     expected: float | None = None
+    law: str = ""
+    standard_errors: float | None = None
     related: tuple[str, ...] = ()
     profile: tuple[Block, ...] = ()
 
