@@ -30,7 +30,8 @@ class NoGradient(Rule):
 
     Why it is bad: such a parameter keeps its random values, and costs memory and an optimizer state.
 
-    Example: a layer that is constructed and then forgotten in forward; a ReLU behind a norm whose scale is zero.
+    Example: a layer that is constructed and then forgotten in forward; a ReLU behind a norm whose scale is zero; an encoder
+    whose codes are chosen by argmax, without a straight-through estimator.
 
     Instead: call the layer, or remove it; initialise what cuts it off.
 
@@ -64,13 +65,17 @@ class NoGradient(Rule):
         share = sum(elements[n] for n in silent) / max(1, sum(elements.values()))
         others = [p.name for p in silent.values() if p is not first]
         scale = first.norm == 0 and len(first.shape) < 2
+        step = "" if first.norm == 0 else _without_gradient(graph, set(silent))
         yield self.finding(
             f"{len(silent)} trainable parameters get a gradient of exactly zero, also after two steps of the others: "
             f"{names([first.name, *others])}"
             + (f"; {first.name} is a factor of zero and cuts the others off" if first.norm == 0 and others else "")
+            + (f"; their only way to the output is {step}, which has no gradient" if step else "")
             + "; they keep their values for ever",
             f"torch.nn.init.ones_({parameter(evidence, first.name)})"
             if scale
+            else "train them by a loss of their own or a straight-through estimator, or freeze them with requires_grad_(False)"
+            if step
             else "initialise what cuts them off, or remove them from the model",
             # Scales and shifts may cancel in what a small input shows of a network; a tenth of it is a cut.
             severity=("error" if share > self.limit(evidence, "error") or first.norm == 0 else "warning")
@@ -116,6 +121,7 @@ class NoGradient(Rule):
         """A layer that forward goes round, and a cut."""
         return (
             example("a forgotten layer", _forgotten),
+            example("codes that are chosen by argmax", _chosen),
             example(
                 "biases that switch all units off", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-99))
             ),
@@ -127,6 +133,30 @@ def _cut(evidence: Evidence, silent: list[ParameterRecord]) -> ParameterRecord:
     assert evidence.graph is not None
     multiply = {*factors(evidence.graph), *(c for x in evidence.layers for c in x.pair.constants)}
     return min(silent, key=lambda p: (not (p.norm == 0 and p.name in multiply), not _matrix(p.shape)))
+
+
+def _without_gradient(graph: Graph, keys: set[str]) -> str:
+    """The first step without a derivative (argmin, a comparison, detach) that everything from these constants goes through."""
+    from initaudit.graph.calls import role_of
+    from initaudit.graph.graph import location_of
+
+    stack = [n for n in graph.fx.nodes if n.op == "get_attr" and str(n.target) in keys]
+    seen, ends = set(stack), []
+    while stack:
+        for user in stack.pop().users:
+            dtype = user.meta.get("dtype")
+            if user.op == "output":
+                return ""
+            if role_of(user).kind == "shape":
+                continue
+            if role_of(user).name == "detach" or (dtype is not None and not dtype.is_floating_point and not dtype.is_complex):
+                ends.append(user)
+            elif user not in seen:
+                seen.add(user)
+                stack.append(user)
+    order = {n: i for i, n in enumerate(graph.fx.nodes)}
+    first = min(ends, key=order.__getitem__, default=None)
+    return "" if first is None else f"{role_of(first).name} ({location_of(first).site or first.name})"
 
 
 def _leads_to_unknown(graph: Graph) -> set[str]:
@@ -170,3 +200,19 @@ def _forgotten() -> Any:
             return y
 
     return Skips(), (torch.randn(8, 16),)
+
+
+def _chosen() -> Any:
+    import torch
+    from torch import nn
+
+    class Codes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.codes, self.head = nn.Linear(16, 32), nn.Embedding(32, 16), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.head(torch.relu(self.codes(self.encoder(x).argmax(-1))))
+            return y
+
+    return Codes(), (torch.randn(64, 16),)
