@@ -154,3 +154,15 @@ class Masked(nn.Module):
 def test_masks_gates_and_biases_of_other_conventions_are_fresh():
     torch.manual_seed(0)
     assert audit(Masked(), (torch.randn(4, 4, 8, 8),)).report.phase == "init"
+
+
+def test_units_that_are_all_equal_are_no_sign_of_training():
+    """No step makes two units equal: they were written so, and rules about the start of training apply."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 24), nn.Flatten(1), nn.Linear(72, 25), nn.ReLU(), nn.Linear(25, 5))
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.dim() == 2):
+            p.copy_(p[:1].clone().expand_as(p))
+    found = audit(model, torch.randint(0, 40, (16, 3)))
+    assert found.report.phase != "trained"
+    assert found.verdict == "fail"

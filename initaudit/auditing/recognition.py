@@ -168,7 +168,7 @@ def _without_copies(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             if not (_equal(first, second, 1) or _equal(first, second, -1)):
                 break
             values = first
-    copies = values.ndim > 2 and len(values) > 1 and all(np.array_equal(v, values[0]) for v in values[1:])
+    copies = values.ndim > 1 and len(values) > 1 and all(np.array_equal(v, values[0]) for v in values[1:])
     return np.ascontiguousarray(values[:1] if copies else values)
 
 
