@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from initaudit.rules import all_rules
 from initaudit.rules.rule import Example, Rule
 
 HERE = Path(__file__).parent
+# What the examples of every rule are told; made and judged by tests/test_rules.py, so that these pages need no audit.
+SAID = HERE / "examples.json"
 NOTE = "<!-- Made by docs/generate.py: change the code, not this page. -->\n"
 FAMILIES = {
     "IA0": "What could not be judged",
@@ -50,12 +53,16 @@ def pages() -> Iterator[tuple[str, str]]:
 def rule_page(rule: Rule) -> str:
     """The page of a rule: its docstring, and the models by which it is tested."""
     facts = f"Severity: up to **{rule.severity}**. Judges: {PHASES[rule.phase]}."
+    reported: dict[str, str] = json.loads(SAID.read_text("utf-8")).get(rule.code, {})
     parts = [f"# {rule.code} {rule.name}", NOTE, facts, f"Fires when {rule.summary.rstrip('.')}.", docstring(rule)]
     for title, kind in (("Reported", type(rule).invalid), ("Left alone", type(rule).valid)):
         if examples := kind():
             parts.append(f"## {title}")
             codes = builders(kind)
-            parts += [f"{example.name}:\n\n```python\n{codes[example.name]}\n```" for example in examples]
+            for example in examples:
+                parts.append(f"{example.name}:\n\n```python\n{codes[example.name]}\n```")
+                if said := reported.get(example.name) if title == "Reported" else None:
+                    parts.append(f"```text\n{said}\n```")
     if thresholds := type(rule).thresholds:
         rows = [f"| `{rule.code}.{t.name}` | {t.default:g} | {t.unit} | {t.source} |" for t in thresholds]
         head = "## Thresholds\n\n[`thresholds`](../configuration.md#thresholds) of the configuration changes them."

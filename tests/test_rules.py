@@ -2,8 +2,11 @@
 
 import ast
 import dataclasses
+import json
 import math
 import re
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from initaudit.rules.roots import CAUSES, findings_of, fold
 from initaudit.rules.rule import EXACT, SEVERITIES, Finding
 from initaudit.rules.support import ratio_of, view
 
+SAID = Path(__file__).resolve().parents[1] / "docs" / "examples.json"
 RULES = {r.code: r for r in all_rules()}
 # Those that judge a tensor: each of their findings owes its reader six things.
 STATIC = {c for c in RULES if c.startswith(("IA1", "IA2", "IA4", "IA5", "IA601"))} - {"IA502", "IA505", "IA507"}
@@ -35,7 +39,7 @@ def evidence_of(module, inputs=None, **config):
 
 
 @pytest.mark.parametrize(("code", "kind", "example"), EXAMPLES, ids=[f"{c}-{k}-{e.name}" for c, k, e in EXAMPLES])
-def test_example(code, kind, example):
+def test_example(code, kind, example, overwrite):
     module, inputs = example.build()
     trained = RULES[code].phase == "trained" or code == "IA601"
     evidence = evidence_of(module, inputs, phase="auto" if trained else "init")
@@ -56,6 +60,34 @@ def test_example(code, kind, example):
         judge_text(finding)
         if code in STATIC:
             judge_elements(finding)
+    if kind == "invalid":
+        judge_page(code, example.name, as_shown(found[0]), overwrite)
+
+
+def as_shown(finding):
+    """The finding as the rule's page prints it."""
+    head = "  ".join([finding.severity, f"{finding.code} {finding.name}", finding.tensor or finding.site or ""]).rstrip()
+    body = [textwrap.wrap(text, 98) for text in (finding.message, f"help: {finding.help}")]
+    return "\n".join([head, *(f"  {line}" for lines in body for line in lines)])
+
+
+def judge_page(code, name, text, overwrite):
+    """The page of a rule shows what its examples are told; digits may differ from machine to machine, words may not."""
+    said = json.loads(SAID.read_text("utf-8")) if SAID.exists() else {}
+    if overwrite:
+        said.setdefault(code, {})[name] = text
+        SAID.write_text(json.dumps(said, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+    shown = said.get(code, {}).get(name, "")
+    assert words(shown) == words(text), "if the new text is right: pytest tests/test_rules.py --overwrite; docs/generate.py"
+
+
+def words(text):
+    return re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "0", " ".join(text.split()))
+
+
+def test_no_page_shows_an_example_that_is_gone():
+    said = json.loads(SAID.read_text("utf-8"))
+    assert {(c, n) for c, shown in said.items() for n in shown} == {(c, e.name) for c, kind, e in EXAMPLES if kind == "invalid"}
 
 
 def judge_elements(finding):
