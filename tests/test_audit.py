@@ -16,7 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import initaudit
+from initaudit.auditing.run import gather
+from initaudit.config import Config
 from initaudit.errors import UnreadableModel, UsageError
+from initaudit.load import from_module
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 Built = tuple[nn.Module, tuple[torch.Tensor, ...]]
@@ -198,3 +201,18 @@ def test_one_damaged_file_is_one_finding_and_a_useless_one_is_no_model(tmp_path)
     stub.write_bytes(b"\x80\x04\x95")
     with pytest.raises(UnreadableModel, match=r"^[^\n]*breaks off[^\n]*$"):
         initaudit.audit(stub)
+
+
+def test_every_counted_stage_says_where_it_is_and_at_what_rate():
+    """What takes long on a large model names the weight or the edge that it is at, and how many a second."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    heard = []
+    gather(from_module(model), Config(rehearse=2), inputs=(torch.randn(8, 8),), progress=heard.append)
+    for stage, unit in (
+        ("measuring", "MB"), ("pairing", "weights"), ("recognising", "weights"), ("probing: forward at", "edges"),
+        ("probing: backward at", "edges"), ("probing: virtual steps with sgd at", "steps"),
+        ("rehearsing with adam at", "steps"),
+    ):  # fmt: skip
+        said = [line for line in heard if line.startswith(stage) and line.endswith(f" {unit}/s")]
+        assert said, (stage, heard)

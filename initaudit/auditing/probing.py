@@ -60,8 +60,7 @@ def probed(
                 why = "no output could be computed: " + next(iter(trace.unknown.values()))
                 return Probed(trace, None, why, predicted(graph, budget))
             if config.rehearse:
-                say(f"rehearsing {config.rehearse} steps")
-                rehearsal = rehearse(graph, inputs, config.rehearse, seed=config.seed, device=device, loss=config.loss)
+                rehearsal = rehearse(graph, inputs, config.rehearse, seed=config.seed, device=device, loss=config.loss, say=say)
                 trace = replace(trace, rehearsal=rehearsal)
             if config.jvp:
                 say("probing: tangents forward")

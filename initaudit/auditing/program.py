@@ -62,10 +62,10 @@ class Program:
         """Pairs, probes and joins."""
         self.progress("pairing weights with activations")
         with metered(self.budget):
-            pairs: tuple[Pair, ...] = pair(self.graph)
+            pairs: tuple[Pair, ...] = pair(self.graph, say=self.progress)
         seen = self._probe()
         layers = layer_evidence(self.graph, pairs, self.checkpoint, tensors, seen.trace)
-        layers = with_recognition(layers, self.checkpoint.arrays, self.graph)
+        layers = with_recognition(layers, self.checkpoint.arrays, self.graph, self.progress)
         phase, layers = in_company(layers, self.checkpoint.arrays, tensors, norm_parameters(self.graph), self.config)
         return Evidence(
             checkpoint=self.checkpoint,

@@ -19,6 +19,7 @@ from initaudit.load.checkpoint import Array
 from initaudit.measure.blocks import BLOCK, forget
 from initaudit.measure.moments import Moments
 from initaudit.measure.observation import Observation, observe, survey
+from initaudit.meter import Meter, Say, silent
 from initaudit.pair.records import Pair
 from initaudit.rules.evidence import LayerEvidence, ModelPhase
 from initaudit.rules.structure import sum_behind
@@ -63,12 +64,16 @@ def _stack(layers: tuple[LayerEvidence, ...], graph: Graph) -> Stack:
     return Stack(len(writers) // branches, {tensor: place // branches for tensor, place in writers.items()})
 
 
-def with_recognition(layers: tuple[LayerEvidence, ...], arrays: Mapping[str, Array], graph: Graph) -> tuple[LayerEvidence, ...]:
+def with_recognition(
+    layers: tuple[LayerEvidence, ...], arrays: Mapping[str, Array], graph: Graph, say: Say = silent
+) -> tuple[LayerEvidence, ...]:
     """The layers with the schemes that fit their values; a tensor used in two ways is looked at once."""
     stack = _stack(layers, graph)
     known: dict[tuple[object, ...], Recognition | None] = {}
     found = []
+    meter = Meter(say, "recognising", "weights", len(layers))
     for layer in layers:
+        meter(layer.tensor)
         key = (layer.pair.tensor, layer.pair.axes, layer.pair.shape, layer.pair.value if not layer.pair.stored else "")
         if key not in known:
             known[key] = _recognition(layer, arrays, stack)

@@ -16,6 +16,7 @@ from initaudit.graph.graph import Constant, Graph, location_of
 from initaudit.graph.onnx_bodies import ControlCall
 from initaudit.graph.onnx_inline import Inlined, has_bodies, inlined
 from initaudit.location import Location
+from initaudit.meter import Meter, Say, silent
 from initaudit.pair.activation import CATALOGUE, LINEAR, Activation
 from initaudit.pair.evaluate import ConstantReader
 from initaudit.pair.records import Feeds, Pair
@@ -25,18 +26,18 @@ from initaudit.pair.walk import Walker
 _OPERATORS = {"gemm": "linear", "matmul": "linear", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
 
 
-def pair(graph: Graph, constant: Set[fx.Node] | None = None) -> tuple[Pair, ...]:
+def pair(graph: Graph, constant: Set[fx.Node] | None = None, *, say: Say = silent) -> tuple[Pair, ...]:
     """Every weight of `graph` at every place of use, in forward order, with the activations downstream."""
     if has_bodies(graph):
-        return _through_bodies(inlined(graph))
-    return _pairs(graph, constant_nodes(graph.fx) if constant is None else constant)
+        return _through_bodies(inlined(graph), say)
+    return _pairs(graph, constant_nodes(graph.fx) if constant is None else constant, say)
 
 
-def _through_bodies(written: Inlined) -> tuple[Pair, ...]:
+def _through_bodies(written: Inlined, say: Say) -> tuple[Pair, ...]:
     """The pairs of a graph whose bodies were written out, in the nodes of the original; second trips say nothing new."""
     found = []
     nodes = {n.name: n for n in written.graph.fx.nodes}
-    for p in _pairs(written.graph, constant_nodes(written.graph.fx)):
+    for p in _pairs(written.graph, constant_nodes(written.graph.fx), say):
         if p.node in written.repeated:
             continue
         # A slice that a body takes of a constant exists in the body alone: outside it stands the whole.
@@ -52,16 +53,18 @@ def _stands(node: fx.Node, written: Inlined) -> bool:
     return origin is not None and not isinstance(origin.target, ControlCall)
 
 
-def _pairs(graph: Graph, constant: Set[fx.Node]) -> tuple[Pair, ...]:
+def _pairs(graph: Graph, constant: Set[fx.Node], say: Say) -> tuple[Pair, ...]:
     reader = ConstantReader(graph)
     walker = Walker(graph, constant, reader)
     found = []
+    meter = Meter(say, "pairing", "weights")
     for node in graph.fx.nodes:
         if node in constant:
             continue
         for use in weight_uses(node, constant):
             made = _pair(graph, use, constant, walker)
             if made is not None:
+                meter(made.tensor)
                 found.append(made)
     return tuple(found)
 

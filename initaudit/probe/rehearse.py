@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from initaudit.graph.constness import constant_nodes
 from initaudit.graph.graph import Graph, location_of
+from initaudit.meter import Meter, Say, silent
 from initaudit.probe.passes import Observer, Pass, backward, batch_of
 from initaudit.probe.response import STEPS
 from initaudit.probe.run import floated, undisturbed
@@ -83,6 +84,7 @@ def rehearse(
     seed: int = 0,
     device: torch.device | str | None = None,
     loss: bool = False,
+    say: Say = silent,
 ) -> Rehearsal:
     """`steps` steps of SGD with momentum 0.9 and of Adam at two rates each, on labels drawn with `seed`.
 
@@ -93,7 +95,7 @@ def rehearse(
         task = _Task(graph, floated(inputs, place), place, seed, loss)
         if task.why_not:
             return Rehearsal(steps, task.batch, (), task.why_not)
-        runs = tuple(_train(task, name, rate, steps) for name, rates in RATES.items() for rate in rates)
+        runs = tuple(_train(task, name, rate, steps, say) for name, rates in RATES.items() for rate in rates)
     return Rehearsal(steps, task.batch, runs)
 
 
@@ -173,11 +175,13 @@ class _Task:
         return float(value.detach()), right, gradients
 
 
-def _train(task: _Task, optimizer: str, rate: float, steps: int) -> RehearsalRun:
+def _train(task: _Task, optimizer: str, rate: float, steps: int, say: Say) -> RehearsalRun:
     shift: dict[str, Tensor] = {}
     rule = _Sgd(rate) if optimizer == "sgd" else _Adam(rate)
     first, last, right = math.nan, math.nan, None
+    meter = Meter(say, f"rehearsing with {optimizer} at {rate:g}", "steps", steps + 1)
     for step in range(steps + 1):
+        meter("")
         last, right, gradients = task.step(shift)
         first = last if step == 0 else first
         if not math.isfinite(last) or not all(bool(torch.isfinite(g).all()) for g in gradients.values()):
