@@ -256,7 +256,7 @@ def _ignores(value: Any, where: str, folder: Path) -> tuple[Ignore, ...]:
         parsed = {}
         for key, part in item.items():
             if key not in keys:
-                raise UsageError(f"{where}[{index}].{key}", "unknown key", advice=did_you_mean(key, keys))
+                raise UsageError(f"{where}[{index}].{key}", "unknown key", "one of " + ", ".join(keys), did_you_mean(key, keys))
             parsed[key] = keys[key](part, f"{where}[{index}].{key}", folder)
         for needed in ("tensors", "reason"):
             if not parsed.get(needed):
@@ -273,7 +273,9 @@ def _models(value: Any, where: str, folder: Path) -> Mapping[str, NamedModel]:
         values = {}
         for key, part in table.items():
             if key not in _MODEL_KEYS:
-                raise UsageError(f"{where}.{name}.{key}", "unknown key", advice=did_you_mean(key, _MODEL_KEYS))
+                raise UsageError(
+                    f"{where}.{name}.{key}", "unknown key", advice=did_you_mean(key, _MODEL_KEYS) or "a model needs 'source'"
+                )
             values[key.replace("-", "_")] = _MODEL_KEYS[key](part, f"{where}.{name}.{key}", folder)
         if "source" not in values:
             raise UsageError(f"{where}.{name}", "no source", "source = a path, a URL or package.module:callable")

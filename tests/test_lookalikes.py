@@ -245,12 +245,13 @@ def test_uninitialised_memory_is_far_from_every_law_of_the_catalogue():
         unit = rng.uniform(-(3**0.5), 3**0.5, (80, 64)) if scheme.distribution == "uniform" else rng.standard_normal((80, 64))
         for dtype in DTYPES:
             values = (unit * std).astype(dtype)
-            assert min(memory._shares(values, *memory._LIMITS[np.dtype(dtype).name])) < memory._BOTH
-        assert memory._free_of_zero((unit * std).astype(np.float16)) is None
+            limits = memory._LIMITS_OF_HALF if dtype is np.float16 else memory._LIMITS
+            assert min(memory._shares(values, *limits)) < memory._BOTH
+        assert memory._free_of_zero((unit * std).astype(np.float16), memory._GAP) is None
         # What is stored as bfloat16 and read as float16 has a gap, whatever the law and its scale.
-        assert memory._free_of_zero((unit * std).astype(ml_dtypes.bfloat16).view(np.float16)) is not None
+        assert memory._free_of_zero((unit * std).astype(ml_dtypes.bfloat16).view(np.float16), memory._GAP) is not None
         values = (unit * std).astype(np.float32)
-        assert memory._low_bits(values) is None
+        assert memory._low_bits(values, memory._OFTEN) is None
         bits = values.reshape(-1).view(np.uint32)
         largest, judged = max(largest, float(((bits[:, None] >> memory._BITS) & 1).mean(axis=0).max())), judged + 1
     assert judged > 100

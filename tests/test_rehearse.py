@@ -127,14 +127,14 @@ def test_a_model_too_large_to_probe_gets_predicted_moments(monkeypatch):
 
 @pytest.mark.parametrize("option", [("--seed", "3"), ("--probe-batch", "5"), ("--probe-seeds", "2")])
 def test_options_reach_the_probe_and_give_the_same_bytes_twice(option, tmp_path, monkeypatch, capsys):
-    (tmp_path / "wanted.py").write_text(
+    (tmp_path / "twice_the_same.py").write_text(
         "import torch\nfrom torch import nn\n\n\ndef net():\n    torch.manual_seed(0)\n"
         "    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))\n"
     )
     monkeypatch.chdir(tmp_path)
     texts = []
     for _ in range(2):
-        assert cli.run(["wanted:net", "--format", "json", *option]) == 0
+        assert cli.run(["twice_the_same:net", "--format", "json", *option]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     probe = json.loads(texts[0])["models"][0]["probe"]
