@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fresh_layers import MAKERS
 from torch import Tensor, nn
+from training import score_after
 
 import initaudit
 
@@ -108,34 +108,9 @@ def build(name: str, sick: bool) -> tuple[nn.Module, Tensor, Tensor]:
     return model, *data(task)
 
 
-def loss_of(out: Tensor, y: Tensor) -> Tensor:
-    """Squared error for numbers, cross-entropy for labels (of every position, where there are several)."""
-    return F.mse_loss(out, y) if y.is_floating_point() else F.cross_entropy(out.reshape(-1, out.shape[-1]), y.reshape(-1))
-
-
 def train(name: str, sick: bool, optimizer: str, rate: float, steps: int) -> float:
     """The score after `steps` steps; 0.1 where something is not finite."""
-    model, x, y = build(name, sick)
-    parameters = model.parameters()
-    opt: Any = torch.optim.SGD(parameters, rate, momentum=0.9) if optimizer == "sgd" else torch.optim.Adam(parameters, rate)
-    order = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        i = torch.randint(EXAMPLES, (BATCH,), generator=order)
-        loss = loss_of(model(x[i]), y[i])
-        if not torch.isfinite(loss):
-            return 0.1
-        opt.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        opt.step()
-    with torch.no_grad():
-        out = model(x)
-    if not bool(torch.isfinite(out).all()):
-        return 0.1
-    if y.is_floating_point():
-        chance, right = 0.0, float(1 - (out - y).square().mean() / y.var())
-    else:
-        chance, right = 1 / (int(y.max()) + 1), float((out.argmax(-1) == y).float().mean())
-    return 0.1 + 0.9 * max(0.0, (right - chance) / (1 - chance))
+    return score_after(*build(name, sick), optimizer=optimizer, rate=rate, steps=steps, batch=BATCH, seed=1)
 
 
 def measured(name: str, sick: bool, steps: int) -> dict[str, Any]:

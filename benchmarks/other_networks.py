@@ -19,11 +19,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from other_layers import Attention, Dense, Gated, Highway, Mean, Norm, Recurrent, Residual, Transposed
 from torch import Tensor, nn
+from training import score_after
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "elu": nn.ELU, "softplus": nn.Softplus, "mish": nn.Mish,
@@ -211,29 +211,7 @@ def train(spec: Other, optimizer: str, lr: float, steps: int) -> float:
     """The score after `steps` steps of batch 128 on the training data: 0.1 for chance and where the loss is not finite."""
     x, y = data(spec.task)
     model, _ = build(spec)
-    opt: Any = (
-        torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-        if optimizer == "sgd"
-        else torch.optim.Adam(model.parameters(), lr)
-    )
-    order = torch.Generator().manual_seed(spec.seed)
-    regression = spec.task == "regression"
-    for _ in range(steps):
-        i = torch.randint(len(x), (128,), generator=order)
-        out = model(x[i])
-        loss = nn.functional.mse_loss(out, y[i]) if regression else nn.functional.cross_entropy(out, y[i])
-        if not torch.isfinite(loss):
-            return 0.1
-        opt.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        opt.step()
-    with torch.no_grad():
-        out = model(x)
-        if not bool(torch.isfinite(out).all()):
-            return 0.1
-        chance = 0.0 if regression else 1 / (int(y.max()) + 1)
-        right = float(1 - (out - y).square().mean() / y.var()) if regression else float((out.argmax(1) == y).float().mean())
-    return 0.1 + 0.9 * max(0.0, (right - chance) / (1 - chance))
+    return score_after(model, x, y, optimizer=optimizer, rate=lr, steps=steps, batch=128, seed=spec.seed)
 
 
 # Tasks and widths of plain stacks; their activations, depths and initializations.

@@ -117,32 +117,34 @@ class UninitialisedMemory(Rule):
                 if array.dtype == "float32" and moments.count >= _FEWEST:
                     yield from self._patterns(evidence, name, _low_bits(array.read(), bit))
                 continue
-            layer = evidence.layer(name)
-            yield self.finding(
+            yield self._about(
+                evidence,
+                name,
                 f"{100 * above:.0f} % of the values are above {large:g} or not finite, and {100 * below:.0f} % below "
                 f"{small:g}: no "
                 f"initialization and no training gives such numbers ({moments.min:.2g} to {moments.max:.2g}), arbitrary "
                 "bytes do",
-                reset_line(evidence, name),
-                tensor=name,
-                site=layer.pair.site if layer is not None else "",
                 measured=above,
                 expected=0.0,
                 law=EXACT + "a law of one scale has such values on one side at most",
             )
 
+    def _about(self, evidence: Evidence, name: str, message: str, **facts: Any) -> Finding:
+        layer = evidence.layer(name)
+        site = layer.pair.site if layer is not None else ""
+        return self.finding(message, reset_line(evidence, name), tensor=name, site=site, **facts)
+
     def _patterns(self, evidence: Evidence, name: str, found: tuple[int, float] | None) -> Iterator[Finding]:
         if found is None:
             return
-        layer, (bit, share) = evidence.layer(name), found
+        bit, share = found
         errors = (share - 0.5) / (0.5 / math.sqrt(_FEWEST))
-        yield self.finding(
+        yield self._about(
+            evidence,
+            name,
             f"bit {bit} of the values is one in {100 * share:.0f} % of them, {errors:.0f} standard errors from the half that a "
             "draw or a training leaves in the lower bits of a float32: these are numbers of another type, or text, that are "
             "read as float32, so the layer computes with noise of an arbitrary scale",
-            reset_line(evidence, name),
-            tensor=name,
-            site=layer.pair.site if layer is not None else "",
             measured=share,
             expected=0.5,
             law="the lower bits of a draw, or of a trained weight, are fair coins",
@@ -152,15 +154,13 @@ class UninitialisedMemory(Rule):
     def _gap(self, evidence: Evidence, name: str, least: float | None) -> Iterator[Finding]:
         if least is None:
             return
-        layer = evidence.layer(name)
-        yield self.finding(
+        yield self._about(
+            evidence,
+            name,
             f"of {_FEWEST} values on both sides of zero none is smaller than {least:.2g} of their root mean square; of a draw, "
             f"or after training, at least {_expected():.0f} are below {_GAP:.2g} of it, and none at all is "
             f"{math.sqrt(_expected()):.0f} standard errors fewer: these are bfloat16 numbers that are read as float16, all "
             "of one size, so the layer computes with signs alone",
-            reset_line(evidence, name),
-            tensor=name,
-            site=layer.pair.site if layer is not None else "",
             measured=least,
             expected=_GAP,
             law="no law is thinner at zero than a uniform one",
@@ -168,13 +168,11 @@ class UninitialisedMemory(Rule):
         )
 
     def _integers(self, evidence: Evidence, name: str, largest: float) -> Finding:
-        layer = evidence.layer(name)
-        return self.finding(
+        return self._about(
+            evidence,
+            name,
             f"no value is larger than {largest:.2g}: no initialization gives such numbers, integers and text that are read as "
             "numbers do",
-            reset_line(evidence, name),
-            tensor=name,
-            site=layer.pair.site if layer is not None else "",
             measured=largest,
             expected=self.limit(evidence, "least"),
             law=EXACT + "the smallest size of a value that any scheme draws",
