@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
@@ -140,6 +141,50 @@ def _source(node: fx.Node) -> fx.Node:
             break
         node = node.all_input_nodes[0]
     return node
+
+
+def weighs_values(softmax: fx.Node, constant: Set[fx.Node]) -> bool:
+    """Whether a softmax is an attention's: what it makes goes, unit by unit at most, into a product with another signal."""
+    from initaudit.graph.calls import role_of, signal_inputs
+    from initaudit.graph.graph import shape_of
+
+    size = math.prod(shape_of(softmax) or ())
+    seen, stack = {softmax}, [softmax]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in seen or user.op != "call_function" or len(seen) > _MOST:
+                continue
+            seen.add(user)
+            kind = role_of(user).kind
+            if kind == "contraction" and any(a not in seen and a not in constant for a in signal_inputs(user)):
+                return True
+            # A gate that is spread over the units of what it weighs, and a choice among places, have other sizes.
+            if kind in ("pointwise", "passthrough") and math.prod(shape_of(user) or ()) == size:
+                stack.append(user)
+    return False
+
+
+def makers(evidence: Evidence, node: fx.Node) -> list[LayerEvidence]:
+    """The linear layers whose outputs the value of `node` is made of, with no other layer in between."""
+    from initaudit.graph.calls import role_of, signal_inputs
+
+    seen, found = view(evidence), dict[str, LayerEvidence]()
+    visited, stack = {node}, [node]
+    while stack and len(visited) <= _MOST:
+        current = stack.pop()
+        # Of an attention's arguments the first two make its scores.
+        sources = signal_inputs(current)[: 2 if role_of(current).kind == "attention" else None]
+        for source in sources:
+            if source in visited or source in seen.constant:
+                continue
+            visited.add(source)
+            layer = seen.layer_at.get(source.name)
+            if layer is not None and layer.pair.role == "contraction":
+                found.setdefault(layer.tensor, layer)
+            else:
+                stack.append(source)
+    return list(found.values())
 
 
 def is_mask(evidence: Evidence, name: str) -> bool:
