@@ -56,7 +56,7 @@ def measured(script: Path, outcomes: Path, maker: str, fields: Sequence[str], ke
     """Outcome, features and findings of every network; what stands in `kept` is not measured again."""
     done = {} if kept is None or not kept.exists() else {r["name"]: r for r in map(json.loads, kept.read_text().splitlines())}
     rows: list[Row] = [json.loads(line) for line in outcomes.read_text().splitlines()]
-    networks = _module(script)
+    networks = script_at(script)
     for i, row in enumerate(rows):
         if row["name"] in done:
             rows[i] = done[row["name"]]
@@ -73,7 +73,7 @@ def measured(script: Path, outcomes: Path, maker: str, fields: Sequence[str], ke
     return rows
 
 
-def _module(script: Path) -> Any:
+def script_at(script: Path) -> Any:
     spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec is not None
     assert spec.loader is not None

@@ -45,7 +45,7 @@ CONFIG_OPTIONS = (
     click.option("--jvp", is_flag=True, help="Push a random direction forward too: gains in the JSON report."),
     click.option("--base", metavar="CKPT", help="The checkpoint that this one was tuned from."),
     click.option("--arch", metavar="MODEL", help="The program for a file that holds weights only."),
-    click.option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps"),
+    click.option("--device", metavar="NAME", help="Where to probe: auto (where the module is), cpu, cuda:1 ..."),
     click.option("--dtype", type=click.Choice(DTYPES), help="Judge the number range of this type."),
     click.option("--seed", type=int, metavar="N", help="Of the synthetic batch, and of a module that is built."),
     click.option("--probe-batch", type=click.IntRange(min=1), metavar="N", help="Examples in the synthetic batch."),

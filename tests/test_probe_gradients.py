@@ -91,3 +91,18 @@ def test_the_kernel_of_adam_does_not_see_the_scale_of_a_layer():
     after = probe(from_module(module, (x,)), (x,)).gram
     assert after.adam.centred_share == pytest.approx(before.adam.centred_share, rel=0.2)
     assert after.sgd.trace > 100 * before.sgd.trace
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(5, 7, 2, bidirectional=True), nn.GRU(5, 7), nn.RNN(5, 7)], ids=str)
+def test_kernels_without_a_forward_mode_are_differentiated_backwards(layer, monkeypatch):
+    x = torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(0))
+    graph = from_module(layer, (x,))
+    usual = probe(graph, (x,)).gram
+
+    def lacking(*_):
+        raise NotImplementedError("no forward mode")
+
+    monkeypatch.setattr(torch.func, "jvp", lacking)
+    backwards = probe(graph, (x,)).gram
+    assert backwards.sgd.eigenvalues == pytest.approx(usual.sgd.eigenvalues, rel=1e-4, abs=1e-9)
+    assert backwards.adam.eigenvalues == pytest.approx(usual.adam.eigenvalues, rel=1e-4, abs=1e-9)

@@ -99,7 +99,7 @@ def test_a_direction_arrives_as_the_jacobian_says_and_agrees_with_the_backward_p
     jacobian = torch.autograd.functional.jacobian(module, x).reshape(y.numel(), x.numel())
     expected = jacobian @ v.flatten()
     assert found.moment2[trace.outputs[0]] == pytest.approx(expected.square().mean().item(), rel=1e-4)
-    with duals(0):
+    with duals(0, graph):
         run = Tangents(graph, constant_nodes(graph.fx), frozenset(), 0, None)
         kept = {}
         run._look = lambda n, value, look=run._look: kept.setdefault(n.name, look(n, value))

@@ -56,6 +56,13 @@ def fsdp(module, **options):
     return FullyShardedDataParallel(module, device_id=torch.device("cpu"), **options)
 
 
+class Sized(nn.Sequential):
+    """A module whose constructor needs arguments, as most do."""
+
+    def __init__(self, parts):
+        super().__init__(*parts)
+
+
 def both_shards(module):
     fully_shard(module[2])
     return fully_shard(module)
@@ -73,6 +80,7 @@ WRAPPED = {
     "FullyShardedDataParallel": lambda: fsdp(inner(fsdp)),
     "FullyShardedDataParallel, original parameters": lambda: fsdp(net(), use_orig_params=True),
     "fully_shard": lambda: both_shards(net()),
+    "fully_shard of a constructor with arguments": lambda: both_shards(Sized(net())),
 }
 
 

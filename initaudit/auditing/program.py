@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from initaudit.auditing.layers import layer_evidence, norm_parameters
 from initaudit.auditing.probing import Probed, probed, skipped
 from initaudit.auditing.recognition import in_company, with_recognition
 from initaudit.config import Config
-from initaudit.errors import InitauditError, LimitExceeded, UsageError
+from initaudit.errors import InitauditError, LimitExceeded, UnreadableModel, UsageError
 from initaudit.graph.calls import role_of
 from initaudit.graph.execute import specialise
 from initaudit.graph.from_exported import ReadProgram
@@ -22,6 +23,7 @@ from initaudit.graph.from_onnx import from_onnx
 from initaudit.graph.from_torch import from_module
 from initaudit.graph.graph import Graph, location_of, shape_of
 from initaudit.load.checkpoint import Checkpoint
+from initaudit.load.host import device_of
 from initaudit.measure.moments import Moments
 from initaudit.onnx_ops.budget import Budget, metered
 from initaudit.pair.pair import pair
@@ -91,7 +93,7 @@ class Program:
             why = f"{values:,} values would take minutes to probe (ask for it with --probe)"
             return skipped(self.graph, why, self.budget)
         self.progress("probing")
-        device = _device(self.config.device)
+        device = _device(self.config.device, self.checkpoint)
         return probed(
             self.graph, self.inputs, self.config, self.budget, device=device, synthetic=self.synthetic, say=self.progress
         )
@@ -103,10 +105,12 @@ def budget_of(checkpoint: Checkpoint) -> Budget:
     return Budget(elements=max(LARGEST, 2 * largest), total_elements=2**38, trips=TRIPS, seconds=600.0, loop_seconds=LOOPS)
 
 
-def _device(name: str) -> str | None:
-    """The device to probe on, None for the CPU; raises UsageError for one that this machine does not have."""
-    if name in ("auto", "cpu"):
-        return None
+def _device(name: str, checkpoint: Checkpoint) -> str | None:
+    """The device to probe on, None for the host; raises UsageError for one that this machine does not have."""
+    if name == "auto":
+        return None if checkpoint.resident is None else device_of(checkpoint.resident)
+    if name == "cpu":
+        return None if checkpoint.resident is None else name
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -118,12 +122,17 @@ def _device(name: str) -> str | None:
 def open_program(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:
     """The program of a checkpoint, traced or read; raises UnreadableModel where a module cannot be run on any input."""
     if isinstance(checkpoint.program, nn.Module):
-        return _module(checkpoint, config, inputs, progress)
+        try:
+            return _module(checkpoint, checkpoint.program, config, inputs, progress)
+        except UnreadableModel:
+            if checkpoint.resident is None:
+                raise
+            # Its forward may name the device that it was written for.
+            return _module(checkpoint, checkpoint.resident, config, inputs, progress)
     return _onnx(checkpoint, config, inputs, progress)
 
 
-def _module(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:
-    module = checkpoint.program
+def _module(checkpoint: Checkpoint, module: nn.Module, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:
     keywords: Mapping[str, Any] = {}
     batch = config.probe_batch if config.probe_batch is not None else BATCH
     if inputs is None and config.data is not None:
@@ -141,7 +150,9 @@ def _module(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Calla
     elif isinstance(inputs, torch.Tensor):
         inputs = (inputs,)
     progress("tracing")
-    graph = from_module(module, tuple(inputs), keywords)
+    home = device_of(module) or "cpu"
+    inputs, keywords = pytree.tree_map_only(torch.Tensor, lambda t: t.to(home), (tuple(inputs), dict(keywords)))
+    graph = from_module(module, inputs, keywords)
     budget = budget_of(checkpoint)
     reason = _swells(graph, budget.elements, ALL_OUTPUTS) if isinstance(module, ReadProgram) else ""
     if reason and _swells(graph, budget.shape_elements):

@@ -62,7 +62,8 @@ class Checkpoint:
 
     `format` is the loader's name ("onnx", "safetensors", "torch_zip", "module"). `program` is an onnx.ModelProto without its
     external data, a torch.nn.Module, or None where the file holds weights only. `optimizer` holds the arrays of an optimizer's
-    state, kept aside as evidence. `notes` are one-line remarks for the report ("prefix 'module.' stripped").
+    state, kept aside as evidence. `notes` are one-line remarks for the report ("prefix 'module.' stripped"). `resident` is
+    the module of which `program` is a copy on the host; None for what lies on the host itself.
     """
 
     source: str
@@ -73,3 +74,4 @@ class Checkpoint:
     optimizer: Mapping[str, Array] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    resident: Any = None

@@ -23,6 +23,7 @@ import numpy as np
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem, numpy_dtype
+from initaudit.load.host import device_of, on_host
 from initaudit.load.spans import reason, show
 from initaudit.load.unwrap import unwrap
 
@@ -72,9 +73,14 @@ def from_module(module: torch.nn.Module) -> Checkpoint:
     """The parameters and buffers of `module` as views of its memory, tied ones with one `storage`; `program` is the module.
 
     Wrappers (DataParallel, DistributedDataParallel, FSDP, torch.compile) are taken off first. Values follow later changes of
-    the module, because nothing is copied; only sharded tensors and those of another device or layout are.
+    the module, because nothing is copied; only sharded tensors and those of another device or layout are. Of a module on an
+    accelerator `program` is a copy on the host, and `resident` the module itself.
     """
     inner, notes = unwrap(module)
+    resident = None
+    if device_of(inner) is not None:
+        resident = inner
+        inner = on_host(inner) or inner
     arrays: dict[str, Array] = {}
     problems: list[Problem] = []
     named: list[tuple[str, torch.Tensor, bool]]
@@ -85,7 +91,7 @@ def from_module(module: torch.nn.Module) -> Checkpoint:
             arrays[name] = _tensor_array(name, tensor, trainable)
         except UnreadableModel as error:
             problems.append(Problem("IA001", name, str(error)))
-    return Checkpoint(type(inner).__name__, "module", arrays, inner, tuple(problems), notes=notes)
+    return Checkpoint(type(inner).__name__, "module", arrays, inner, tuple(problems), notes=notes, resident=resident)
 
 
 def _tensor_array(name: str, tensor: torch.Tensor, trainable: bool) -> Array:

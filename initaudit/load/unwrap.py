@@ -111,13 +111,16 @@ class _Copy:
         return self.modules[id(module)]
 
     def _fill(self, module: Any) -> None:
-        clone = copy.copy(module)
-        self.modules[id(module)] = clone
-        clone.__dict__ = dict(module.__dict__)
+        clone: Any
         if _is_fsdp2(module):
             self.notes["taken out of fully_shard"] = None
-            # Its class is FSDPLinear(FSDPModule, Linear): the module's own class comes third.
-            clone.__class__ = type(module).__mro__[2]
+            # Its class is FSDPLinear(FSDPModule, Linear): the module's own class comes third. A copy of an FSDPModule would be
+            # made by calling the constructor without its arguments.
+            clone = object.__new__(type(module).__mro__[2])
+        else:
+            clone = copy.copy(module)
+        self.modules[id(module)] = clone
+        clone.__dict__ = dict(module.__dict__)
         if _compiled_in_place(module):
             self.notes["taken out of torch.compile"] = None
             clone.__dict__["_compiled_call_impl"] = None

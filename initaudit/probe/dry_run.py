@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from initaudit.errors import LimitExceeded, UnsupportedOperator
+from initaudit.load.host import device_of
 
 _UNDECIDED = (
     DataDependentOutputException,
@@ -146,6 +147,7 @@ class DryRun:
         self.module = module
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.copy = _hollow(module, self.mode)
+        self.home = device_of(module) or "cpu"
 
     def run(
         self, positional: Sequence[Any], keywords: Mapping[str, Any], names: Sequence[str], *, training: bool = False
@@ -181,7 +183,7 @@ class DryRun:
             return type(value)(self._fake(v, name) for v in value)
         if not isinstance(value, torch.Tensor):
             return value
-        made = torch.empty(value.shape, dtype=value.dtype)
+        made = torch.empty(value.shape, dtype=value.dtype, device=self.home)
         made._initaudit_origins = frozenset({name})  # type: ignore[attr-defined]
         return made
 
@@ -207,6 +209,8 @@ def real_run(module: nn.Module, positional: Sequence[Any], keywords: Mapping[str
     """Runs forward on real tensors, in evaluation mode, and leaves the module as it was; returns the error or ""."""
     modes = [(m, m.training, dict(m.__dict__)) for m in module.modules()]
     state = {n: b.clone() for n, b in module.named_buffers()}
+    home = device_of(module) or "cpu"
+    positional, keywords = pytree.tree_map_only(torch.Tensor, lambda t: t.to(home), (tuple(positional), dict(keywords)))
     with undisturbed():
         try:
             module.eval()

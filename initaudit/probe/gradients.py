@@ -13,7 +13,7 @@ expectation, and exactly where gradients are equal or zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -200,13 +200,28 @@ def _derivative(
     def of(*weights: Tensor) -> Any:
         return call({**fixed, **dict(zip(at, weights, strict=True))})
 
+    weights, directions = tuple(at.values()), tuple(along[a] for a in at)
     try:
         with torch.backends.mkldnn.flags(enabled=False):
-            tangent: Tensor = torch.func.jvp(of, tuple(at.values()), tuple(along[a] for a in at))[1]
+            tangent: Tensor = torch.func.jvp(of, weights, directions)[1]
     except (RuntimeError, NotImplementedError):
-        # No forward-mode derivative for this kernel.
-        return None
+        return _twice_backward(of, weights, directions)
     return tangent
+
+
+def _twice_backward(of: Any, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor | None:
+    """The same without a forward mode, which recurrent kernels of accelerators lack: g = Jᵀu is linear in u, so dg/du = J."""
+    with torch.enable_grad():
+        leaves = [w.detach().requires_grad_(True) for w in weights]
+        value = of(*leaves)
+        if value is None or not value.requires_grad:
+            return None
+        u = torch.zeros_like(value, requires_grad=True)
+        try:
+            gradients = torch.autograd.grad(value, leaves, u, create_graph=True)
+            return torch.autograd.grad(gradients, u, directions)[0]
+        except (RuntimeError, NotImplementedError):
+            return None  # the kernel's backward pass has no derivative either
 
 
 def kernel(gram: Tensor) -> Kernel:

@@ -91,7 +91,7 @@ def rehearse(
     With `loss`, the model's first output is the loss that is lowered. The weights are left as they were.
     """
     place = None if device is None else torch.device(device)
-    with undisturbed(seed):
+    with undisturbed(seed, graph):
         task = _Task(graph, floated(inputs, place), place, seed, loss)
         if task.why_not:
             return Rehearsal(steps, task.batch, (), task.why_not)

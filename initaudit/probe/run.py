@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from initaudit.graph.calls import Use, arguments
+from initaudit.graph.calls import Use, arguments, role_of
 from initaudit.graph.constness import completed, constant_nodes
 from initaudit.graph.graph import Graph, location_of
 from initaudit.meter import Meter, Say, silent
@@ -39,7 +39,7 @@ def probe(
     where the passes are.
     """
     place = None if device is None else torch.device(device)
-    with undisturbed(seed):
+    with undisturbed(seed, graph):
         constant = constant_nodes(graph.fx)
         observer = SignalObserver(graph.fx, constant)
         sketch = GradientSketch(seed)
@@ -106,12 +106,24 @@ class _Told(Observer):
 
 
 @contextlib.contextmanager
-def undisturbed(seed: int) -> Iterator[None]:
-    """The caller's random state, warnings and gradient mode stay as they are."""
-    with torch.random.fork_rng(), warnings.catch_warnings(), torch.enable_grad():
+def undisturbed(seed: int, graph: Graph) -> Iterator[None]:
+    """The caller's random state, warnings and modes stay; inside, an accelerator runs `graph` in full precision, repeatably."""
+    # cuDNN's recurrent layers have no second derivative, and outside training no first one.
+    recurrent = any(role_of(n).kind == "recurrent" for n in graph.fx.nodes if n.op == "call_function")
+    exact = torch.backends.cudnn.flags(enabled=not recurrent, benchmark=False, deterministic=True, allow_tf32=False)
+    precision = torch.get_float32_matmul_precision()
+    strict, only_warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(), warnings.catch_warnings(), torch.enable_grad(), exact:
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        yield
+        try:
+            torch.set_float32_matmul_precision("highest")
+            if torch.cuda.is_available():  # on the host they are anyway, and it would cost time
+                torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+        finally:
+            torch.use_deterministic_algorithms(strict, warn_only=only_warns)
+            torch.set_float32_matmul_precision(precision)
 
 
 def floated(inputs: Sequence[Tensor], device: torch.device | None) -> list[Tensor]:

@@ -180,9 +180,9 @@ def twice_reversed(call: Any, args: Any, kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def duals(seed: int) -> Iterator[None]:
+def duals(seed: int, graph: Graph) -> Iterator[None]:
     """Where `Tangents` runs: one dual level, attention by kernels that have a forward mode, the caller's state kept."""
-    with undisturbed(seed), torch.no_grad(), forward.dual_level(), sdpa_kernel(SDPBackend.MATH):
+    with undisturbed(seed, graph), torch.no_grad(), forward.dual_level(), sdpa_kernel(SDPBackend.MATH):
         yield
 
 
@@ -195,7 +195,7 @@ def forward_gains(
     """
     place = None if device is None else torch.device(device)
     given = frozenset(name for name, s in trace.signals.items() if s.gradient_moment2)
-    with duals(seed):
+    with duals(seed, graph):
         run = Tangents(graph, constant_nodes(graph.fx), given, seed, place)
         run.run(*floated(inputs, place))
     blocks = trace.measures.blocks if trace.measures is not None else ()
