@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from initaudit.measure import fused
 from initaudit.measure.blocks import BLOCK, ROW, WINDOW, Scratch, blocks, extremes, forget
 
 ONES = np.ones(ROW, np.float32)
@@ -76,6 +77,8 @@ class Moments:
 
 def merge(*parts: Moments) -> Moments:
     """The moments of the union of `parts`; associative, commutative, and `Moments()` for none."""
+    if len(parts) == 1:
+        return parts[0]
     zeros, nan, inf = sum(p.zeros for p in parts), sum(p.nan for p in parts), sum(p.inf for p in parts)
     parts = tuple(p for p in parts if p.count)
     if not parts:
@@ -104,11 +107,18 @@ def merge(*parts: Moments) -> Moments:
 def measure(array: np.ndarray[Any, Any]) -> Moments:
     """The moments of `array`, of any shape and any real dtype of numpy or ml_dtypes; booleans count as 0 and 1.
 
-    No more than one block of 128K elements is copied at a time, so a `numpy.memmap` is read once from front to back, and what
-    has been read is let go. Raises TypeError for complex numbers, strings and objects.
+    No more than a million elements are copied at a time, so a `numpy.memmap` is read once from front to back, and what has been
+    read is let go. Raises TypeError for complex numbers, strings and objects.
     """
-    scratch = Scratch(min(array.size, BLOCK))
+    reader = fused.reader_of(array.dtype)
     parts = []
+    if reader is not None:
+        for block in blocks(array, fused.PIECE):
+            parts.append(Moments(*fused.moments_of(np.ascontiguousarray(block, reader.native), reader)))
+            if array.nbytes > WINDOW:
+                forget(block)
+        return merge(*parts)
+    scratch = Scratch(min(array.size, BLOCK))
     for block in blocks(array):
         tile = block.reshape(1, -1)
         if tile.size:

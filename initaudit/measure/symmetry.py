@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from initaudit.measure.blocks import BLOCK
+from initaudit.measure.hashes import row_hashes
 
 Groups = tuple[tuple[int, ...], ...]
 Same = Callable[[int, int], bool]
@@ -34,23 +35,6 @@ def _row_blocks(matrix: np.ndarray[Any, Any]) -> Iterator[tuple[slice, np.ndarra
     for top in range(0, matrix.shape[0], height):
         rows = slice(top, min(top + height, matrix.shape[0]))
         yield rows, np.ascontiguousarray(matrix[rows])
-
-
-def row_hashes(matrix: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A 64-bit hash of the bytes of each row; equal rows have equal hashes.
-
-    The hash is a sum of words times random odd numbers modulo 2^64, which is universal (Dietzfelbinger et al. 1997): unequal
-    rows rarely share one, and whoever needs certainty compares their bytes.
-    """
-    width = matrix.shape[1] * matrix.dtype.itemsize
-    word = next(size for size in (8, 4, 2, 1) if width % size == 0)
-    odd = np.random.default_rng(0x1D0).integers(0, 2**63, width // word, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    hashes = np.empty(matrix.shape[0], np.uint64)
-    for rows, block in _row_blocks(matrix):
-        words = block.view(np.uint8).reshape(len(block), width).view(f"u{word}").astype(np.uint64)
-        # Words that differ in their upper bits only would differ in the upper bits of the product only.
-        hashes[rows] = np.sum((words ^ (words >> np.uint64(32))) * odd, axis=1, dtype=np.uint64)
-    return hashes
 
 
 def _equal(matrix: np.ndarray[Any, Any]) -> Groups:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from initaudit.measure import fused
 from initaudit.measure.blocks import BLOCK, ROW, WINDOW, Scratch, extremes, forget, split
+from initaudit.measure.hashes import row_hashes
 from initaudit.measure.moments import Moments, measure_tile, merge, runs
 
 # Squares of values within these bounds, summed over a block, stay in the range of float32.
@@ -23,16 +24,16 @@ _HALVES, _WHOLE = (slice(0, None, 2), slice(1, None, 2)), (slice(None),)
 class UnitSums:
     """What each row (unit) and each column of a matrix of `shape` (rows, columns) adds up to, in float64.
 
-    A row or column that holds a value which is not finite has a sum that is not finite. `row_keys` are the rows' products with
-    random signs: those of equal rows agree to seven digits of the row's norm, those of others hardly ever do.
+    A row or column that holds a value which is not finite has a sum that is not finite. `row_hashes` are of the rows' bytes:
+    those of equal rows are equal, those of others hardly ever are.
     """
 
     shape: tuple[int, int]
     row_sums: np.ndarray[Any, Any] = field(repr=False)
     row_squares: np.ndarray[Any, Any] = field(repr=False)
+    row_hashes: np.ndarray[Any, Any] = field(repr=False)
     column_sums: np.ndarray[Any, Any] = field(repr=False)
     column_squares: np.ndarray[Any, Any] = field(repr=False)
-    row_keys: np.ndarray[Any, Any] = field(repr=False)
 
     @property
     def row_norms(self) -> np.ndarray[Any, Any]:
@@ -67,20 +68,39 @@ def measure_matrix(
     """The same with the values at `places`, ascending indices into the matrix as one line of rows, as float64."""
     if matrix.ndim != 2:
         raise ValueError(f"a matrix has two axes, this array has shape {matrix.shape}")
+    reader = fused.reader_of(matrix.dtype)
+    work = _Tiles(matrix) if reader is None else _Bands(matrix, reader)
     rows, columns = matrix.shape
-    work = _Tiles(matrix)
     parts, picked = [], []
     for top in range(0, rows if columns else 0, work.height):
         band = matrix[top : top + work.height]
         first, last = np.searchsorted(places, (top * columns, (top + len(band)) * columns))
+        parts.append(work.add(band, top))
         if last > first:
             here = places[first:last] - top * columns
             with np.errstate(invalid="ignore"):  # arbitrary bytes are signalling NaNs too
                 picked.append(band[here // columns, here % columns].astype(np.float64))
-        parts += [work.add(band[:, left : left + work.width], top, left) for left in range(0, columns, work.width)]
         if matrix.nbytes > WINDOW:
             forget(band)
     return merge(*parts), work.sums(), np.concatenate(picked) if picked else np.zeros(0)
+
+
+class _Bands:
+    """The sums of a matrix while bands of its rows are added to them, by the pass in C."""
+
+    def __init__(self, matrix: np.ndarray[Any, Any], reader: fused.Reader) -> None:
+        self.shape = rows, columns = matrix.shape
+        self.height = max(1, fused.PIECE // max(1, columns))
+        self.reader, self.found = reader, fused.new_sums(rows, columns)
+
+    def add(self, band: np.ndarray[Any, Any], top: int) -> Moments:
+        """The moments of a band, whose sums are added."""
+        values = np.ascontiguousarray(band, self.reader.native)
+        return Moments(*fused.add(values, self.reader, self.found, top, self.shape[0]))
+
+    def sums(self) -> UnitSums:
+        """What was added up."""
+        return UnitSums(self.shape, *fused.split(self.found, *self.shape))
 
 
 class _Tiles:
@@ -91,22 +111,21 @@ class _Tiles:
         self.width = max(1, min(columns, WIDTH))
         self.height = max(1, BLOCK // self.width)
         self.scratch = Scratch(min(self.height, max(1, rows)) * self.width)
-        self.row, self.row_squares = np.zeros((rows, 2)), np.zeros(rows)
+        self.row, self.row_squares = np.zeros(rows), np.zeros(rows)
+        self.hashes = np.zeros(rows, np.uint64)
         self.column, self.column_squares = np.zeros(columns), np.zeros(columns)
-        signs = _signs(columns)
-        both = np.stack([np.ones(columns, np.float32), signs], axis=1)
-        # Where widening puts columns at even places first, so do the factors and the sums of each tile.
-        # Sums and keys of rows come out of one product with two columns.
+        # Where widening puts columns at even places first, so do the sums of each tile.
         lefts = range(0, columns, self.width)
         self.orders = [_HALVES if split(matrix[:, left : left + self.width]) else _WHOLE for left in lefts]
-        self.factors = [
-            np.concatenate([both[left : left + self.width][every] for every in order])
-            for left, order in zip(lefts, self.orders, strict=True)
-        ]
         self.ones = np.ones(max(self.width, min(self.height, max(1, rows))), np.float32)
 
-    def add(self, tile: np.ndarray[Any, Any], top: int, left: int) -> Moments:
-        """The moments of a tile, whose sums are added."""
+    def add(self, band: np.ndarray[Any, Any], top: int) -> Moments:
+        """The moments of a band, whose sums are added."""
+        self.hashes[top : top + len(band)] = row_hashes(band)
+        columns = range(0, self.shape[1], self.width)
+        return merge(*(self._add(band[:, left : left + self.width], top, left) for left in columns))
+
+    def _add(self, tile: np.ndarray[Any, Any], top: int, left: int) -> Moments:
         height, width = tile.shape
         values = self.scratch.widen(tile)
         low, high = extremes(tile, values)
@@ -116,15 +135,15 @@ class _Tiles:
             own = values if single else values.astype(np.float64)
             square = self.scratch.square[: tile.size].reshape(tile.shape) if single else np.empty(tile.shape)
             np.square(own, out=square)
-            rows = np.asarray(own @ self.factors[left // self.width].astype(own.dtype, copy=False), np.float64)
             ones = self.ones.astype(own.dtype, copy=False)
+            rows = np.asarray(own @ ones[:width], np.float64)
             squares = _row_squares(own) if width >= ROW // 4 else np.asarray(square @ ones[:width], np.float64)
             # Widened first: numpy adds numbers of two types a small buffer at a time.
             self.column[left : left + width] += (ones[:height] @ own).astype(np.float64)
             self.column_squares[left : left + width] += (ones[:height] @ square).astype(np.float64)
             self.row[top : top + height] += rows
             self.row_squares[top : top + height] += squares
-        known = (float(rows[:, 0].sum()), float(squares.sum())) if single else None
+        known = (float(rows.sum()), float(squares.sum())) if single else None
         return measure_tile(values, tile.dtype, low, high, self.scratch, known)
 
     def sums(self) -> UnitSums:
@@ -135,12 +154,7 @@ class _Tiles:
                 parts = np.split(here.copy(), len(order))
                 for every, part in zip(order, parts, strict=True):
                     here[every] = part
-        return UnitSums(self.shape, self.row[:, 0], self.row_squares, self.column, self.column_squares, self.row[:, 1])
-
-
-@lru_cache(maxsize=16)
-def _signs(columns: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(0x1D0).choice(np.array([-1, 1], np.float32), columns)
+        return UnitSums(self.shape, self.row, self.row_squares, self.hashes, self.column, self.column_squares)
 
 
 def _row_squares(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -1,0 +1,268 @@
+/* The pass over a band of rows, for one instruction set; see kernel.c for what it adds up and why.
+
+   Runs of whole vectors go through `fast`, which looks at nothing. Ends of rows, and rows of which a value is not finite, go
+   through `masked`, which puts the pilot, a deviation of zero, in the place of what does not count. */
+
+#include "lanes.h"
+
+typedef struct {
+    N(vd) s1, s2, s3, s4; /* powers of deviations from the pilot */
+    N(vf) low, high;
+    N(vi) zero_lanes;
+    int64_t zeros, nan, inf;
+    float pilot;
+} N(state);
+
+INLINE N(vf) N(all)(float value) { return (N(vf)){0} + value; }
+
+INLINE N(vf) N(load)(const int kind, const char *p)
+{
+    return kind == FLOAT32 ? N(load_float32)(p) : kind == FLOAT16 ? N(load_float16)(p) : N(load_bfloat16)(p);
+}
+
+INLINE double N(sum)(const N(vd) x)
+{
+    double total = 0;
+    for (int i = 0; i < LANES / 2; i++)
+        total += x[i];
+    return total;
+}
+
+/* One row of a tile, `length` whole vectors of it. Returns whether all values are finite; else only sums of units count. */
+INLINE int N(fast)(const int kind, const int shifted, const int units, const char *p, int64_t length, N(state) *t, double *columns,
+                   double row[2])
+{
+    const int64_t size = kind == FLOAT32 ? 4 : 2;
+    const double pilot = t->pilot;
+    N(vd) r1 = {0}, r2 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, s4 = {0}, none = {0};
+    N(vf) low = t->low, high = t->high;
+    N(vi) zeros = t->zero_lanes;
+    for (int64_t i = 0; i < length; i += LANES) {
+        const N(vf) x = N(load)(kind, p + i * size);
+        low = N(least)(x, low);
+        high = N(most)(x, high);
+        zeros = N(count_zeros)(zeros, x);
+        N(vd) a = N(lower)(x), b = N(upper)(x), aa, bb;
+        if (!shifted || units) {
+            aa = a * a, bb = b * b;
+            r1 += a + b;
+            r2 += aa + bb;
+        }
+        if (units) {
+            N(vd) *c = (N(vd) *)(columns + 2 * i);
+            c[0] += a;
+            c[1] += b;
+            c[2] += aa;
+            c[3] += bb;
+        }
+        if (shifted) {
+            a = a - pilot, b = b - pilot;
+            aa = a * a, bb = b * b;
+            s1 += a + b;
+            s2 += aa + bb;
+        }
+        s3 += aa * a;
+        s3 += bb * b;
+        s4 += aa * aa;
+        s4 += bb * bb;
+    }
+    row[0] = N(sum)(!shifted || units ? r1 : s1);
+    row[1] = N(sum)(!shifted || units ? r2 : none);
+    if (!isfinite(row[0]))
+        return 0;
+    t->s1 += shifted ? s1 : r1;
+    t->s2 += shifted ? s2 : r2;
+    t->s3 += s3, t->s4 += s4, t->low = low, t->high = high, t->zero_lanes = zeros;
+    return 1;
+}
+
+/* The same for types of one byte, whose values have few digits and no great range: products are of float32, and added up in it
+   a few at a time, as what is small beside a sum is lost in it. */
+INLINE int N(narrow)(const int shifted, const int units, const char *p, int64_t length, N(state) *t, float *columns,
+                     double row[2])
+{
+    N(vd) r1 = {0}, r2 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, s4 = {0};
+    N(vf) low = t->low, high = t->high;
+    N(vi) zeros = t->zero_lanes;
+    const N(vf) pilot = N(all)(t->pilot);
+    for (int64_t i = 0; i < length;) {
+        N(vf) f1 = {0}, f2 = {0}, d1 = {0}, d2 = {0}, d3 = {0}, d4 = {0};
+        for (const int64_t end = length - i < FEW * LANES ? length : i + FEW * LANES; i < end; i += LANES) {
+            const N(vf) x = N(load_bfloat16)(p + 2 * i);
+            low = N(least)(x, low);
+            high = N(most)(x, high);
+            zeros = N(count_zeros)(zeros, x);
+            N(vf) d = x, square = x * x;
+            f1 += x;
+            f2 += square;
+            if (units) {
+                N(vf) *c = (N(vf) *)(columns + 2 * i);
+                c[0] += x;
+                c[1] += square;
+            }
+            if (shifted) {
+                d = x - pilot, square = d * d;
+                d1 += d;
+                d2 += square;
+            }
+            d3 += square * d;
+            d4 += square * square;
+        }
+        r1 += N(lower)(f1) + N(upper)(f1);
+        r2 += N(lower)(f2) + N(upper)(f2);
+        if (shifted) {
+            s1 += N(lower)(d1) + N(upper)(d1);
+            s2 += N(lower)(d2) + N(upper)(d2);
+        }
+        s3 += N(lower)(d3) + N(upper)(d3);
+        s4 += N(lower)(d4) + N(upper)(d4);
+    }
+    row[0] = N(sum)(r1);
+    row[1] = N(sum)(r2);
+    if (!isfinite(row[0]))
+        return 0;
+    t->s1 += shifted ? s1 : r1;
+    t->s2 += shifted ? s2 : r2;
+    t->s3 += s3, t->s4 += s4, t->low = low, t->high = high, t->zero_lanes = zeros;
+    return 1;
+}
+
+/* `length` values of any kind; columns and row are NULL where their sums are known. Returns whether all values are finite. */
+static int N(masked)(int kind, const char *p, int64_t length, N(state) *t, double *columns, double row[2])
+{
+    const int64_t size = kind == FLOAT32 ? 4 : 2, nan = t->nan, inf = t->inf;
+    const N(vf) limit = N(all)(INFINITY), pilot = N(all)(t->pilot), none = {0};
+    N(vd) r1 = {0}, r2 = {0};
+    for (int64_t i = 0; i < length; i += LANES) {
+        char rest[4 * LANES] = {0};
+        const char *from = p + i * size;
+        const N(vm) there = N(first)(length - i);
+        if (length - i < LANES)
+            from = memcpy(rest, from, (size_t)((length - i) * size));
+        const N(vf) x = N(load)(kind, from);
+        const N(vm) finite = N(both)(there, N(below)(x, limit));
+        const int64_t odd = N(number)(N(both)(there, N(unequal)(x, x)));
+        t->nan += odd;
+        t->inf += N(number)(there) - N(number)(finite) - odd;
+        t->zeros += N(number)(finite) - N(number)(N(both)(finite, N(unequal)(x, none)));
+        t->low = N(least)(N(choose)(finite, x, limit), t->low);
+        t->high = N(most)(N(choose)(finite, x, -limit), t->high);
+        if (row) {
+            const N(vd) a = N(lower)(x), b = N(upper)(x);
+            r1 += a + b;
+            r2 += a * a + b * b;
+            if (columns) {
+                N(vd) *c = (N(vd) *)(columns + 2 * i);
+                c[0] += a, c[1] += b, c[2] += a * a, c[3] += b * b;
+            }
+        }
+        const N(vf) y = N(choose)(finite, x, pilot);
+        const N(vd) a = N(lower)(y) - (double)t->pilot, b = N(upper)(y) - (double)t->pilot, aa = a * a, bb = b * b;
+        t->s1 += a + b;
+        t->s2 += aa + bb;
+        t->s3 += aa * a + bb * b;
+        t->s4 += aa * aa + bb * bb;
+    }
+    if (row)
+        row[0] += N(sum)(r1), row[1] += N(sum)(r2);
+    return t->nan == nan && t->inf == inf;
+}
+
+/* Sums of sums lose fewer digits than sums of everything. */
+INLINE void N(empty)(N(state) *t, output *out)
+{
+    const N(vd) none = {0};
+    out->s1 += N(sum)(t->s1), out->s2 += N(sum)(t->s2), out->s3 += N(sum)(t->s3), out->s4 += N(sum)(t->s4);
+    t->s1 = t->s2 = t->s3 = t->s4 = none;
+}
+
+INLINE void N(band)(const int kind, const int single, const int shifted, const int units, const input *in, output *out)
+{
+    const int64_t size = kind == FLOAT32 ? 4 : 2, stored = in->table ? 1 : size;
+    N(state) t = {.low = N(all)(INFINITY), .high = N(all)(-INFINITY), .pilot = out->pilot};
+    out->s1 = out->s2 = out->s3 = out->s4 = 0;
+    ALIGNED double columns[2 * TILE];
+    ALIGNED float singles[2 * TILE];
+    ALIGNED uint16_t widened[TILE];
+    for (int64_t left = 0; left < in->columns; left += TILE) {
+        const int64_t width = in->columns - left < TILE ? in->columns - left : TILE;
+        const int64_t whole = width / LANES * LANES, padded = (width + LANES - 1) / LANES * LANES;
+        int finite = 1;
+        if (units) {
+            memset(columns, 0, (size_t)(2 * padded) * sizeof *columns);
+            memset(singles, 0, (size_t)(2 * padded) * sizeof *singles);
+        }
+        for (int64_t r = 0; r < in->rows; r++) {
+            const char *stored_at = in->data + (r * in->columns + left) * stored, *p = stored_at;
+            double row[2] = {0, 0};
+            if (in->table) {
+                in->widen(widened, (const uint8_t *)p, width, in->table);
+                p = (const char *)widened;
+            }
+            if (!finite) { /* and so is this row, most likely */
+                finite = N(masked)(kind, p, width, &t, units ? columns : NULL, row);
+            } else {
+                finite = single ? N(narrow)(shifted, units, p, whole, &t, singles, row)
+                                : N(fast)(kind, shifted, units, p, whole, &t, columns, row);
+                if (!finite)
+                    N(masked)(kind, p, whole, &t, NULL, NULL);
+                if (whole < width)
+                    finite &= N(masked)(kind, p + whole * size, width - whole, &t, units ? columns + 2 * whole : NULL, row);
+            }
+            if (units) {
+                in->row_sums[r] += row[0];
+                in->row_squares[r] += row[1];
+                in->row_hashes[r] += hash(stored_at, width * stored, in->odd + left * stored / 8);
+            }
+            if (r % MANY_ROWS == MANY_ROWS - 1)
+                N(empty)(&t, out);
+            if (single && units && (r % RUN == RUN - 1 || r == in->rows - 1)) {
+                for (int64_t i = 0; i < 2 * padded; i++)
+                    columns[i] += (double)singles[i], singles[i] = 0;
+            }
+        }
+        for (int64_t i = 0; units && i < width; i++) {
+            const double *c = columns + 2 * (i - i % LANES) + i % LANES;
+            in->column_sums[left + i] += c[0];
+            in->column_squares[left + i] += c[LANES];
+        }
+    }
+    N(empty)(&t, out);
+    out->low = INFINITY, out->high = -INFINITY;
+    out->zeros = t.zeros, out->nan = t.nan, out->inf = t.inf;
+    const N(vf) low = t.low, high = t.high;
+    for (int i = 0; i < LANES; i++) {
+        out->low = low[i] < out->low ? low[i] : out->low;
+        out->high = high[i] > out->high ? high[i] : out->high;
+    }
+    uint32_t counts[LANES];
+    memcpy(counts, &t.zero_lanes, sizeof counts);
+    for (int i = 0; i < LANES; i++)
+        out->zeros += counts[i];
+}
+
+/* Compiled for each combination, so that the innermost loops ask nothing. */
+#define KINDS(units, shifted)                                                                                                      \
+    if (in->single)                                                                                                                \
+        N(band)(BFLOAT16, 1, shifted, units, in, out);                                                                             \
+    else if (in->kind == FLOAT32)                                                                                                  \
+        N(band)(FLOAT32, 0, shifted, units, in, out);                                                                              \
+    else if (in->kind == FLOAT16)                                                                                                  \
+        N(band)(FLOAT16, 0, shifted, units, in, out);                                                                              \
+    else                                                                                                                           \
+        N(band)(BFLOAT16, 0, shifted, units, in, out)
+
+static void N(pass)(const input *in, output *out)
+{
+    if (in->row_sums && out->pilot != 0) {
+        KINDS(1, 1);
+    } else if (in->row_sums) {
+        KINDS(1, 0);
+    } else if (out->pilot != 0) {
+        KINDS(0, 1);
+    } else {
+        KINDS(0, 0);
+    }
+}
+
+#undef KINDS

@@ -1,0 +1,279 @@
+"""The pass in C: built by the package's own setup, held to float64 and to numpy at every instruction set, and optional."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from initaudit.measure import fused
+from initaudit.measure.moments import Moments, measure, merge
+from initaudit.measure.units import measure_units
+
+ROOT = Path(__file__).parent.parent
+WIDE = [np.float32, np.float16, ml_dtypes.bfloat16]
+NARROW = [
+    ml_dtypes.float8_e4m3fn,
+    ml_dtypes.float8_e5m2,
+    ml_dtypes.float8_e4m3fnuz,
+    ml_dtypes.float8_e8m0fnu,
+    np.int8,
+    np.uint8,
+]
+SHAPES = [(1, 1), (3, 5), (17, 16), (40, 64), (33, 1000), (7, 1025), (5, 2049), (200, 9), (100, 300), (1, 4099), (20, 1024)]
+
+
+def build(folder: Path, **environment: str) -> list[Path]:
+    """What the package's setup makes of the extension, in a copy of nothing but its sources."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder / "lib", "--build-temp", folder / "temp"]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True, capture_output=True, timeout=300)
+    suffixes = (".so", ".pyd")
+    return [path for path in (folder / "lib").rglob("*") if path.suffix in suffixes]
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """The extension as it is in the sources now, whatever is installed."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("no setuptools")
+    made = build(tmp_path_factory.mktemp("kernel"))
+    if not made:
+        assert not _compiles(tmp_path_factory.mktemp("compiler")), "there is a compiler, yet it does not build the extension"
+        pytest.skip("no compiler")
+    spec = importlib.util.spec_from_file_location("initaudit.measure._kernel", made[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compiles(folder: Path) -> bool:
+    (folder / "empty.c").write_text("#ifndef __GNUC__\n#error\n#endif\n#include <Python.h>\n")
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    try:
+        done = subprocess.run(
+            [compiler, "-c", f"-I{sysconfig.get_paths()['include']}", "empty.c"],
+            cwd=folder,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    except OSError:
+        return False
+    return done.returncode == 0
+
+
+@pytest.fixture(params=["plain", "AVX2", "AVX-512"])
+def fast(request, kernel, monkeypatch):
+    """The package with the pass in C, for each instruction set that this processor has."""
+    at = ["plain", "AVX2", "AVX-512"].index(request.param)
+    if at >= kernel.LEVELS:
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(fused, "kernel", kernel)
+    monkeypatch.setattr(fused, "level", at)
+
+
+def by_numpy(matrix):
+    """(moments, sums) without the extension."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "kernel", None)
+        return measure_units(matrix)
+
+
+def normal(shape, dtype, mean=0.3, std=1.0, seed=0):
+    values = np.random.default_rng(seed).normal(mean, std, shape)
+    if np.dtype(dtype).kind in "iu":
+        values = np.abs(values * 20)
+    with np.errstate(all="ignore"):
+        return values.astype(dtype)
+
+
+def broken(matrix):
+    """The same with values that are not finite, in some rows and at the end."""
+    matrix = matrix.copy()
+    with np.errstate(all="ignore"):
+        matrix.reshape(-1)[:: max(7, matrix.shape[1] + 1)] = np.nan
+        matrix.reshape(-1)[-1] = np.inf
+    return matrix
+
+
+def hold(matrix, tolerance):
+    """Asserts that the pass agrees with float64 within `tolerance` of the magnitudes, and exactly in what is counted."""
+    moments, sums = measure_units(matrix)
+    expected, others = by_numpy(matrix)
+    for name in ("count", "zeros", "nan", "inf"):
+        assert getattr(moments, name) == getattr(expected, name), name
+    assert (moments.min, moments.max) == (expected.min, expected.max) or not moments.count
+    assert np.array_equal(sums.row_hashes, others.row_hashes)
+    with np.errstate(all="ignore"):
+        wide = matrix.astype(np.float64)
+        finite = wide[np.isfinite(wide)]
+        if finite.size:
+            d = finite - finite.mean()
+            assert abs(moments.mean - finite.mean()) <= tolerance * (abs(finite.mean()) + d.std())
+            for power in (2, 3, 4):
+                assert abs(getattr(moments, f"m{power}") - np.sum(d**power)) <= 4 * tolerance * np.sum(np.abs(d) ** power)
+        for got, axis, terms in (
+            (sums.row_sums, 1, wide),
+            (sums.row_squares, 1, wide**2),
+            (sums.column_sums, 0, wide),
+            (sums.column_squares, 0, wide**2),
+        ):
+            reference = terms.sum(axis)
+            known = np.isfinite(reference)
+            assert np.array_equal(np.isfinite(got), known)
+            assert (np.abs(got - reference)[known] <= 10 * tolerance * np.abs(terms).sum(axis)[known]).all()
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("dtype", [*WIDE, *NARROW], ids=lambda dtype: np.dtype(dtype).name)
+def test_the_kernel_agrees_with_float64_and_counts_as_numpy_does(dtype):
+    tolerance = 1e-12 if np.dtype(dtype).itemsize > 1 else 1e-7
+    for shape in SHAPES:
+        matrix = normal(shape, dtype)
+        hold(matrix, tolerance)
+        hold(np.ones(shape, dtype), tolerance)
+        if np.dtype(dtype).kind not in "iu":
+            hold(broken(matrix), tolerance)
+            hold(np.full(shape, np.nan).astype(dtype), tolerance)
+        if dtype != ml_dtypes.float8_e8m0fnu:  # which has no zero
+            hold(np.zeros(shape, dtype), tolerance)
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("mean", [1, 10, -3])
+@pytest.mark.parametrize("dtype", WIDE, ids=lambda dtype: np.dtype(dtype).name)
+def test_values_far_from_zero_keep_their_digits(dtype, mean):
+    for shape in ((1000, 1030), (100, 30), (60_001, 1)):
+        hold(normal(shape, dtype, mean, 0.01), 1e-12)
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_head_unlike_the_rest_misleads_nobody():
+    matrix = normal((40, 1000), np.float32, 1000, 0.01)
+    matrix[:2] = 0
+    hold(matrix, 1e-12)
+    drifting = (np.linspace(0, 1000, 3 << 20) + np.random.default_rng(0).normal(0, 1, 3 << 20)).astype(np.float32)
+    hold(drifting.reshape(3, -1), 1e-12)
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_every_bit_pattern_is_read_as_the_cast_reads_it(dtype):
+    size = np.dtype(dtype).itemsize
+    patterns = np.arange(256 ** min(2, size), dtype=f"u{min(2, size)}")
+    every = patterns.view(dtype) if size < 4 else (patterns.astype(np.uint32) << 16).view(dtype)
+    for pattern in np.array_split(every, 512 // size):
+        with np.errstate(all="ignore"):
+            wide = pattern.astype(np.float64)
+        finite = wide[np.isfinite(wide)]
+        got = measure(pattern)
+        assert (got.count, got.nan, got.inf) == (finite.size, np.isnan(wide).sum(), np.isinf(wide).sum())
+        if finite.size:
+            assert (got.min, got.max, got.zeros) == (finite.min(), finite.max(), np.count_nonzero(finite == 0))
+            assert got.mean == pytest.approx(finite.mean(), rel=1e-6)
+
+
+@pytest.mark.usefixtures("fast")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32 - 1), st.sampled_from(WIDE), st.integers(1, 70), st.integers(1, 70), st.data())
+def test_neither_order_nor_partition_tells(seed, dtype, rows, columns, data):
+    rng = np.random.default_rng(seed)
+    matrix = rng.normal(rng.normal(0, 3), 10.0 ** rng.integers(-3, 3), (rows, columns)).astype(dtype)
+    cuts = sorted(data.draw(st.sets(st.integers(0, matrix.size), max_size=6)))
+    parts = [measure(part) for part in np.split(matrix.reshape(-1), cuts)]
+    rng.shuffle(parts)
+    got, whole = merge(*parts), measure_units(matrix)[0]
+    assert (got.count, got.zeros, got.nan, got.inf) == (whole.count, whole.zeros, whole.nan, whole.inf)
+    wide = matrix.astype(np.float64)
+    if not np.isfinite(wide).all():
+        return
+    d = np.abs(wide - wide.mean())
+    assert got.mean == pytest.approx(whole.mean, abs=1e-12 * (abs(whole.mean) + d.std() + 1e-300))
+    for power in (2, 3, 4):
+        assert abs(getattr(got, f"m{power}") - getattr(whole, f"m{power}")) <= 1e-12 * (np.sum(d**power) + 1e-300)
+
+
+@pytest.mark.usefixtures("fast")
+def test_views_and_other_orders_of_bytes_are_read_as_they_are():
+    matrix = normal((60, 90), np.float32)
+    for view in (matrix.T, matrix[::2], matrix[:, 3:9], matrix[::-1, ::3], matrix.astype(">f4"), matrix.astype(np.float16).T):
+        hold(view, 1e-12)
+    unaligned = np.frombuffer(b"x" + matrix.tobytes(), np.uint8)[1:].view(np.float32).reshape(60, 90)
+    assert not unaligned.flags.aligned
+    assert measure_units(unaligned)[0] == measure_units(matrix)[0]
+
+
+@pytest.mark.usefixtures("fast")
+def test_empty_scalar_and_constant():
+    assert measure(np.empty((0, 3), np.float32)) == Moments()
+    assert measure(np.float32(2.5).reshape(())) == Moments(1, 2.5, 0, 0, 0, 2.5, 2.5)
+    constant = measure(np.full(100_000, 0.1, np.float32))
+    assert (constant.m2, constant.m4) == (0, 0)
+    assert math.copysign(1, measure(np.array([-0.0, -0.0], np.float32)).min) == 1
+    for shape in ((0, 4), (4, 0), (0, 0)):
+        moments, sums = measure_units(np.empty(shape, np.float16))
+        assert (moments, sums.row_sums.size, sums.column_sums.size) == (Moments(), *shape)
+
+
+@pytest.mark.usefixtures("fast")
+def test_threads_find_the_same():
+    matrices = [normal((300, 400 + i), dtype, seed=i) for i in range(8) for dtype in WIDE]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda m: measure_units(m)[0], matrices))
+    assert together == [measure_units(m)[0] for m in matrices]
+
+
+def test_nothing_is_written_beside_the_sums(kernel):
+    """Rows and columns of every remainder of a vector's length, between guards."""
+    for rows, columns in ((1, 1), (3, 17), (2, 31), (5, 1023), (4, 1037)):
+        room = np.full(3 * rows + 2 * columns + 32, 7.0)
+        room[16:-16] = 0
+        matrix = normal((rows, columns), np.float32)
+        odd = np.ones(columns, np.uint64)
+        kernel.measure(0, matrix, rows, columns, None, odd, room[16:-16], 0, rows, -1)
+        assert (room[:16] == 7).all()
+        assert (room[-16:] == 7).all()
+        np.testing.assert_allclose(room[16 : 16 + rows], matrix.sum(1, dtype=np.float64))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": 4}, {"kind": -1}, {"rows": 9}, {"columns": 17}, {"rows": -1}, {"columns": -1}, {"rows": 2**62},
+        {"factors": np.zeros(7, np.uint64)}, {"sums": np.zeros(55)}, {"sums": np.zeros(57).view(np.uint8)[1:-7]}, {"top": 1},
+        {"top": -1}, {"all_rows": 7}, {"kind": 3, "table": np.zeros(255, np.uint16)}, {"rows": 2**40}, {"all_rows": 2**62},
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_refused(kernel, change):
+    given = {"kind": 0, "data": np.ones((8, 16), np.float32), "rows": 8, "columns": 16, "table": None}
+    given |= {"factors": np.zeros(8, np.uint64), "sums": np.zeros(56), "top": 0, "all_rows": 8, "level": -1}
+    assert kernel.measure(*given.values())[0] == 128
+    with pytest.raises(ValueError):
+        kernel.measure(*(given | change).values())
+
+
+@pytest.mark.parametrize(
+    "change", [{"data": None}, {"data": np.ones((16, 8), np.float32).T}, {"sums": b"\0" * 448}, {"rows": "8"}]
+)
+def test_what_is_no_buffer_is_refused(kernel, change):
+    given = {"kind": 0, "data": np.ones((8, 16), np.float32), "rows": 8, "columns": 16, "table": None}
+    given |= {"factors": np.zeros(8, np.uint64), "sums": np.zeros(56), "top": 0, "all_rows": 8, "level": -1}
+    with pytest.raises((TypeError, ValueError, BufferError)):
+        kernel.measure(*(given | change).values())
+
+
+def test_without_a_compiler_the_package_is_still_built(tmp_path):
+    """And then numpy does the work: tests/test_measure_moments.py asks it everything."""
+    assert build(tmp_path, CC="/bin/false", CXX="/bin/false") == []
+    assert fused.reader_of(np.dtype(np.float64)) is None
