@@ -6,8 +6,6 @@ import dataclasses
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 from initaudit import __version__, cache
@@ -89,6 +87,9 @@ def _audited(source: str, config: Config, progress: Callable[[str], None] | None
 
 
 def _side_by_side(jobs: Sequence[tuple[str, Config]], workers: int) -> Iterator[ModelReport]:
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
     # Each process would otherwise start as many threads as there are cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     # A forked child of a process in which torch has started threads can hang.

@@ -16,7 +16,7 @@ from initaudit.expect.phase import BIAS_LAWS, PhaseEvidence, TensorRecord, phase
 from initaudit.expect.recognise import Recognition, recognise
 from initaudit.expect.scheme import Site, site_of
 from initaudit.load.checkpoint import Array
-from initaudit.measure.blocks import BLOCK, forget
+from initaudit.measure.blocks import BLOCK, distinct, forget
 from initaudit.measure.moments import Moments
 from initaudit.measure.observation import Observation, observe, survey
 from initaudit.meter import Meter, Say, silent
@@ -270,7 +270,7 @@ def _levels(array: Array | None) -> int | None:
     if array is None or not 0 < array.size <= _SHORT:
         return None
     try:
-        return len(np.unique(array.read()))
+        return distinct(array.read())
     except InitauditError:
         return None  # its bytes cannot be read: the loader has said so
 

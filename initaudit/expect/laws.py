@@ -16,14 +16,28 @@ from initaudit.expect.scheme import Distribution, truncated_moments
 
 Vector = np.ndarray[Any, Any]
 
-# ln P(z < x) for a standard normal z on a grid so fine that linear interpolation is good to 1e-6 of the probability.
-_GRID = np.linspace(-37.0, 9.0, 46_001)
-_LOG_BELOW = np.log([math.erfc(-x / math.sqrt(2)) / 2 for x in _GRID])
-
 
 def log_below(x: Vector) -> Vector:
     """ln P(z < x) for a standard normal z."""
-    return np.interp(x, _GRID, _LOG_BELOW)
+    return np.interp(x, *_log_below_grid())
+
+
+@lru_cache(maxsize=1)
+def _log_below_grid() -> tuple[Vector, Vector]:
+    """(x, ln P(z < x)) on a grid so fine that linear interpolation is good to 1e-6 of the probability.
+
+    numpy has no error function and Python's takes its time: between every tenth place, cubics that have the slope of the
+    logarithm at both ends (the density over the probability) are good to 1e-11.
+    """
+    grid = np.linspace(-37.0, 9.0, 46_001)
+    nodes, width = grid[::10], 0.01
+    value = np.log([math.erfc(-x / math.sqrt(2)) / 2 for x in nodes.tolist()])
+    slope = width * np.exp(-(nodes**2) / 2 - value) / math.sqrt(2 * math.pi)
+    t = np.arange(10) / 10
+    # Hermite's four cubics on (0, 1).
+    cubics = np.stack([(1 + 2 * t) * (1 - t) ** 2, t * (1 - t) ** 2, t**2 * (3 - 2 * t), t**2 * (t - 1)])
+    ends = np.stack([value[:-1], slope[:-1], value[1:], slope[1:]], axis=1)
+    return grid, np.append(ends @ cubics, value[-1])
 
 
 def two_sided(z: float) -> float:

@@ -6,9 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -104,6 +102,10 @@ def _shards(index: Path, source: str) -> list[str]:
 
 
 def _get(source: str, target: Path, progress: Progress, *, optional: bool = False) -> None:
+    # Only here: with it comes all of http and ssl, which a local file has no use for.
+    import urllib.error
+    import urllib.request
+
     request = urllib.request.Request(source, headers={"User-Agent": "initaudit"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:

@@ -43,6 +43,12 @@ def blocks(array: np.ndarray[Any, Any], size: int = BLOCK) -> Iterator[np.ndarra
         yield np.array(part)
 
 
+def distinct(values: np.ndarray[Any, Any]) -> int:
+    """How many different numbers there are, NaN aside (np.unique would import numpy.ma, a tenth of the start of an audit)."""
+    line = np.sort(values[values == values], axis=None)
+    return int(np.count_nonzero(line[1:] != line[:-1])) + (line.size > 0)
+
+
 def forget(array: np.ndarray[Any, Any]) -> None:
     """Lets the pages of a memory-mapped, contiguous `array` go; whoever looks again gets them from the file again.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from initaudit.measure.blocks import distinct
 from initaudit.measure.copies import same_units
 from initaudit.measure.symmetry import duplicate_rows
 from initaudit.rules.evidence import Evidence, LayerEvidence
@@ -250,7 +251,7 @@ def _start(layer: LayerEvidence) -> np.ndarray[Any, Any] | None:
     with np.errstate(invalid="ignore"):  # arbitrary bytes are signalling NaNs too
         start = layer.read().reshape(-1)[:_START].astype(np.float64)
     norm = float(np.linalg.norm(start))
-    if not norm > 0 or not np.isfinite(norm) or len(np.unique(start)) < _START / 2:
+    if not norm > 0 or not np.isfinite(norm) or distinct(start) < _START / 2:
         return None
     unit: np.ndarray[Any, Any] = start / norm
     return unit

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from initaudit.measure.blocks import distinct
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
 from initaudit.rules.remedy import reset_line
@@ -213,7 +214,7 @@ def _low_bits(values: np.ndarray[Any, Any], often: float) -> tuple[int, float] |
     """
     picked = _picked(values)
     bits = picked[picked != 0].view(np.uint32)
-    if bits.size < _FEWEST // 2 or len(np.unique(bits)) < _DIFFERENT * bits.size:
+    if bits.size < _FEWEST // 2 or distinct(bits) < _DIFFERENT * bits.size:
         return None
     shares = ((bits[:, None] >> _BITS) & 1).mean(axis=0)
     most = int(np.argmax(shares))
@@ -240,7 +241,7 @@ def _free_of_zero(values: np.ndarray[Any, Any], gap: float) -> float | None:
     x = _picked(values).astype(np.float64)
     size = np.abs(x)
     positive = np.count_nonzero(x > 0) / x.size
-    if not _SIDES < positive < 1 - _SIDES or len(np.unique(size)) < 64:
+    if not _SIDES < positive < 1 - _SIDES or distinct(size) < 64:
         return None
     least = float(size.min() / math.sqrt(float(np.mean(size**2))))
     return least if least > gap else None

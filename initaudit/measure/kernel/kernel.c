@@ -38,7 +38,8 @@ static const double FAR = 4.0;
 /* Fourth powers of values within these bounds, and sums of many, stay in the range of float32. */
 static const float LARGEST = 1e8f, SMALLEST = 1e-8f;
 
-typedef void widener(uint16_t *, const uint8_t *, int64_t, const uint16_t *);
+/* The value of each of n bytes, whose bfloat16 the table holds; the next row lies `next` bytes on. Returns how many are zero. */
+typedef int64_t widener(float *, const uint8_t *, int64_t n, int64_t next, const uint16_t *);
 
 typedef struct {
     const char *data;
@@ -74,10 +75,16 @@ INLINE uint64_t hash(const char *p, int64_t bytes, const uint64_t *odd)
     return total;
 }
 
-static void look_up(uint16_t *to, const uint8_t *from, int64_t n, const uint16_t *table)
+static int64_t look_up(float *to, const uint8_t *from, int64_t n, int64_t next, const uint16_t *table)
 {
-    for (int64_t i = 0; i < n; i++)
-        to[i] = table[from[i]];
+    int64_t zeros = 0;
+    (void)next;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t bits = (uint32_t)table[from[i]] << 16;
+        memcpy(to + i, &bits, 4);
+        zeros += bits << 1 == 0;
+    }
+    return zeros;
 }
 
 #define JOIN_(a, b) a##_##b
@@ -120,30 +127,35 @@ FORBID
 
 ALLOW("avx512f,avx512bw,avx512vbmi")
 /* Both bytes of 64 values at once, each out of four registers. */
-static void permute(uint16_t *to, const uint8_t *from, int64_t n, const uint16_t *table)
+static int64_t permute(float *to, const uint8_t *from, int64_t n, int64_t next, const uint16_t *table)
 {
     __m512i low[4], high[4];
-    const __m512i byte = _mm512_set1_epi16(0xff);
+    const __m512i byte = _mm512_set1_epi16(0xff), all = _mm512_set1_epi8(-1);
     for (int i = 0; i < 4; i++) {
         const __m512i a = _mm512_loadu_si512(table + 64 * i), b = _mm512_loadu_si512(table + 64 * i + 32);
         const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
         low[i] = _mm512_permutexvar_epi64(order, _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte)));
         high[i] = _mm512_permutexvar_epi64(order, _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8)));
     }
-    int64_t i = 0;
+    int64_t i = 0, zeros = 0;
     for (; i + 64 <= n; i += 64) {
-        /* In the order in which the halves of lanes are put together below. */
-        const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-        const __m512i at = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(from + i));
+        __builtin_prefetch(from + i + next);
+        /* In the order in which lanes of four values are put together below. */
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m512i at = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(from + i)), zero = _mm512_setzero_si512();
         const __mmask64 upper = _mm512_movepi8_mask(at);
         const __m512i l = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(low[0], at, low[1]),
                                                  _mm512_permutex2var_epi8(low[2], at, low[3]));
         const __m512i h = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(high[0], at, high[1]),
                                                  _mm512_permutex2var_epi8(high[2], at, high[3]));
-        _mm512_storeu_si512(to + i, _mm512_unpacklo_epi8(l, h));
-        _mm512_storeu_si512(to + i + 32, _mm512_unpackhi_epi8(l, h));
+        zeros += 64 - __builtin_popcountll(_mm512_test_epi8_mask(_mm512_or_si512(_mm512_add_epi8(h, h), l), all));
+        const __m512i first = _mm512_unpacklo_epi8(l, h), second = _mm512_unpackhi_epi8(l, h);
+        _mm512_storeu_si512(to + i, _mm512_unpacklo_epi16(zero, first));
+        _mm512_storeu_si512(to + i + 16, _mm512_unpackhi_epi16(zero, first));
+        _mm512_storeu_si512(to + i + 32, _mm512_unpacklo_epi16(zero, second));
+        _mm512_storeu_si512(to + i + 48, _mm512_unpackhi_epi16(zero, second));
     }
-    look_up(to + i, from + i, n - i, table);
+    return zeros + look_up(to + i, from + i, n - i, next, table);
 }
 FORBID
 #endif
@@ -268,7 +280,7 @@ static int pass_arguments(PyObject *args, input *in, Py_buffer views[4], int *us
         if (!take(table, &views[(*used)++], PyBUF_SIMPLE, 512, 2, "table"))
             return --*used, 0;
         in->table = views[*used - 1].buf;
-        in->kind = BFLOAT16;
+        in->kind = FLOAT32; /* once they are widened */
         in->single = 1;
         for (int i = 0; i < 256; i++) {
             const uint32_t bits = (uint32_t)(in->table[i] & 0x7fff) << 16;

@@ -17,6 +17,10 @@ INLINE __m512 N(load_bfloat16)(const char *p)
 INLINE __m512 N(load_float16)(const char *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE __m512d N(lower)(__m512 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
 INLINE __m512d N(upper)(__m512 x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+INLINE __m512d N(folded)(__m512 x)
+{
+    return _mm512_cvtps_pd(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+}
 INLINE __m512 N(least)(__m512 x, __m512 y) { return _mm512_min_ps(x, y); }
 INLINE __m512 N(most)(__m512 x, __m512 y) { return _mm512_max_ps(x, y); }
 INLINE __m512i N(count_zeros)(__m512i count, __m512 x)
@@ -45,6 +49,10 @@ INLINE __m256 N(load_bfloat16)(const char *p)
 INLINE __m256 N(load_float16)(const char *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 INLINE __m256d N(lower)(__m256 x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
 INLINE __m256d N(upper)(__m256 x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+INLINE __m256d N(folded)(__m256 x)
+{
+    return _mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
+}
 INLINE __m256 N(least)(__m256 x, __m256 y) { return _mm256_min_ps(x, y); }
 INLINE __m256 N(most)(__m256 x, __m256 y) { return _mm256_max_ps(x, y); }
 INLINE __m256i N(count_zeros)(__m256i count, __m256 x)
@@ -97,6 +105,7 @@ INLINE N(vf) N(load_float16)(const char *p)
 }
 INLINE N(vd) N(lower)(N(vf) x) { return (N(vd)){x[0], x[1]}; }
 INLINE N(vd) N(upper)(N(vf) x) { return (N(vd)){x[2], x[3]}; }
+INLINE N(vd) N(folded)(N(vf) x) { return (N(vd)){x[0] + x[2], x[1] + x[3]}; }
 INLINE N(vf) N(choose)(N(vi) m, N(vf) x, N(vf) y) { return (N(vf))((m & (N(vi))x) | (~m & (N(vi))y)); }
 INLINE N(vf) N(least)(N(vf) x, N(vf) y) { return N(choose)(x < y, x, y); }
 INLINE N(vf) N(most)(N(vf) x, N(vf) y) { return N(choose)(x > y, x, y); }

@@ -28,9 +28,10 @@ INLINE double N(sum)(const N(vd) x)
     return total;
 }
 
-/* One row of a tile, `length` whole vectors of it. Returns whether all values are finite; else only sums of units count. */
-INLINE int N(fast)(const int kind, const int shifted, const int units, const char *p, int64_t length, N(state) *t, double *columns,
-                   double row[2])
+/* One row of a tile, `length` values in whole vectors; the next row lies `next` bytes on. Returns whether all values are finite;
+   where not, the sums of units are as they should be and those of moments are left alone. */
+INLINE int N(fast)(const int kind, const int shifted, const int units, const char *p, int64_t length, int64_t next, N(state) *t,
+                   double *columns, double row[2])
 {
     const int64_t size = kind == FLOAT32 ? 4 : 2;
     const double pilot = t->pilot;
@@ -38,6 +39,7 @@ INLINE int N(fast)(const int kind, const int shifted, const int units, const cha
     N(vf) low = t->low, high = t->high;
     N(vi) zeros = t->zero_lanes;
     for (int64_t i = 0; i < length; i += LANES) {
+        __builtin_prefetch(p + next + i * size);
         const N(vf) x = N(load)(kind, p + i * size);
         low = N(least)(x, low);
         high = N(most)(x, high);
@@ -83,15 +85,13 @@ INLINE int N(narrow)(const int shifted, const int units, const char *p, int64_t 
 {
     N(vd) r1 = {0}, r2 = {0}, s1 = {0}, s2 = {0}, s3 = {0}, s4 = {0};
     N(vf) low = t->low, high = t->high;
-    N(vi) zeros = t->zero_lanes;
     const N(vf) pilot = N(all)(t->pilot);
     for (int64_t i = 0; i < length;) {
         N(vf) f1 = {0}, f2 = {0}, d1 = {0}, d2 = {0}, d3 = {0}, d4 = {0};
         for (const int64_t end = length - i < FEW * LANES ? length : i + FEW * LANES; i < end; i += LANES) {
-            const N(vf) x = N(load_bfloat16)(p + 2 * i);
+            const N(vf) x = N(load_float32)(p + 4 * i);
             low = N(least)(x, low);
             high = N(most)(x, high);
-            zeros = N(count_zeros)(zeros, x);
             N(vf) d = x, square = x * x;
             f1 += x;
             f2 += square;
@@ -108,14 +108,14 @@ INLINE int N(narrow)(const int shifted, const int units, const char *p, int64_t 
             d3 += square * d;
             d4 += square * square;
         }
-        r1 += N(lower)(f1) + N(upper)(f1);
-        r2 += N(lower)(f2) + N(upper)(f2);
+        r1 += N(folded)(f1);
+        r2 += N(folded)(f2);
         if (shifted) {
-            s1 += N(lower)(d1) + N(upper)(d1);
-            s2 += N(lower)(d2) + N(upper)(d2);
+            s1 += N(folded)(d1);
+            s2 += N(folded)(d2);
         }
-        s3 += N(lower)(d3) + N(upper)(d3);
-        s4 += N(lower)(d4) + N(upper)(d4);
+        s3 += N(folded)(d3);
+        s4 += N(folded)(d4);
     }
     row[0] = N(sum)(r1);
     row[1] = N(sum)(r2);
@@ -123,7 +123,7 @@ INLINE int N(narrow)(const int shifted, const int units, const char *p, int64_t 
         return 0;
     t->s1 += shifted ? s1 : r1;
     t->s2 += shifted ? s2 : r2;
-    t->s3 += s3, t->s4 += s4, t->low = low, t->high = high, t->zero_lanes = zeros;
+    t->s3 += s3, t->s4 += s4, t->low = low, t->high = high;
     return 1;
 }
 
@@ -144,9 +144,13 @@ static int N(masked)(int kind, const char *p, int64_t length, N(state) *t, doubl
         const int64_t odd = N(number)(N(both)(there, N(unequal)(x, x)));
         t->nan += odd;
         t->inf += N(number)(there) - N(number)(finite) - odd;
-        t->zeros += N(number)(finite) - N(number)(N(both)(finite, N(unequal)(x, none)));
-        t->low = N(least)(N(choose)(finite, x, limit), t->low);
-        t->high = N(most)(N(choose)(finite, x, -limit), t->high);
+        if (odd == N(number)(there)) { /* nothing but NaN, which every sum becomes */
+            r1 += (double)NAN;
+            r2 += (double)NAN;
+            for (int k = 0; columns && k < 4; k++)
+                ((N(vd) *)(columns + 2 * i))[k] = r1;
+            continue;
+        }
         if (row) {
             const N(vd) a = N(lower)(x), b = N(upper)(x);
             r1 += a + b;
@@ -156,6 +160,11 @@ static int N(masked)(int kind, const char *p, int64_t length, N(state) *t, doubl
                 c[0] += a, c[1] += b, c[2] += a * a, c[3] += b * b;
             }
         }
+        if (!N(number)(finite))
+            continue;
+        t->zeros += N(number)(finite) - N(number)(N(both)(finite, N(unequal)(x, none)));
+        t->low = N(least)(N(choose)(finite, x, limit), t->low);
+        t->high = N(most)(N(choose)(finite, x, -limit), t->high);
         const N(vf) y = N(choose)(finite, x, pilot);
         const N(vd) a = N(lower)(y) - (double)t->pilot, b = N(upper)(y) - (double)t->pilot, aa = a * a, bb = b * b;
         t->s1 += a + b;
@@ -178,12 +187,13 @@ INLINE void N(empty)(N(state) *t, output *out)
 
 INLINE void N(band)(const int kind, const int single, const int shifted, const int units, const input *in, output *out)
 {
-    const int64_t size = kind == FLOAT32 ? 4 : 2, stored = in->table ? 1 : size;
+    const int64_t size = kind == FLOAT32 ? 4 : 2, stored = in->table ? 1 : size; /* bytes as they are read, and as they lie */
     N(state) t = {.low = N(all)(INFINITY), .high = N(all)(-INFINITY), .pilot = out->pilot};
     out->s1 = out->s2 = out->s3 = out->s4 = 0;
     ALIGNED double columns[2 * TILE];
     ALIGNED float singles[2 * TILE];
-    ALIGNED uint16_t widened[TILE];
+    ALIGNED float widened[TILE];
+    int64_t zeros = 0; /* of one byte, counted when they are looked up */
     for (int64_t left = 0; left < in->columns; left += TILE) {
         const int64_t width = in->columns - left < TILE ? in->columns - left : TILE;
         const int64_t whole = width / LANES * LANES, padded = (width + LANES - 1) / LANES * LANES;
@@ -196,14 +206,14 @@ INLINE void N(band)(const int kind, const int single, const int shifted, const i
             const char *stored_at = in->data + (r * in->columns + left) * stored, *p = stored_at;
             double row[2] = {0, 0};
             if (in->table) {
-                in->widen(widened, (const uint8_t *)p, width, in->table);
+                zeros += in->widen(widened, (const uint8_t *)p, width, in->columns, in->table);
                 p = (const char *)widened;
             }
             if (!finite) { /* and so is this row, most likely */
                 finite = N(masked)(kind, p, width, &t, units ? columns : NULL, row);
             } else {
                 finite = single ? N(narrow)(shifted, units, p, whole, &t, singles, row)
-                                : N(fast)(kind, shifted, units, p, whole, &t, columns, row);
+                                : N(fast)(kind, shifted, units, p, whole, in->table ? 0 : in->columns * size, &t, columns, row);
                 if (!finite)
                     N(masked)(kind, p, whole, &t, NULL, NULL);
                 if (whole < width)
@@ -239,12 +249,14 @@ INLINE void N(band)(const int kind, const int single, const int shifted, const i
     memcpy(counts, &t.zero_lanes, sizeof counts);
     for (int i = 0; i < LANES; i++)
         out->zeros += counts[i];
+    if (in->table)
+        out->zeros = zeros;
 }
 
 /* Compiled for each combination, so that the innermost loops ask nothing. */
 #define KINDS(units, shifted)                                                                                                      \
     if (in->single)                                                                                                                \
-        N(band)(BFLOAT16, 1, shifted, units, in, out);                                                                             \
+        N(band)(FLOAT32, 1, shifted, units, in, out);                                                                             \
     else if (in->kind == FLOAT32)                                                                                                  \
         N(band)(FLOAT32, 0, shifted, units, in, out);                                                                              \
     else if (in->kind == FLOAT16)                                                                                                  \
