@@ -1,20 +1,19 @@
-"""Healthy networks of unusual make that a linter of weights is tempted to alarm about, and how far IA206 is from alarming."""
+"""Healthy networks of unusual make that a linter of weights is tempted to alarm about, and faults beside such."""
 
 from __future__ import annotations
 
 import copy
 import math
 
-import ml_dtypes
-import numpy as np
+import lookalikes as look
+import onnx
 import pytest
 import torch
+import zoo
 from torch import nn
 from torch.nn import functional as F
 
 from initaudit import audit
-from initaudit.expect.schemes import catalogue, site_of
-from initaudit.rules import ia206_uninitialised_memory as memory
 
 
 def linear(fan_in, fan_out, std, bias=True):
@@ -213,11 +212,169 @@ HEALTHY = (
 )
 
 
-@pytest.mark.parametrize("build", HEALTHY, ids=lambda f: f.__name__)
+def alarms(model, inputs):
+    return [(f.code, f.tensor, f.message) for f in audit(model, inputs).findings if f.severity != "info"]
+
+
+@pytest.mark.parametrize("build", [*HEALTHY, *look.LOOKALIKES], ids=lambda f: f.__name__)
 def test_a_healthy_network_is_left_alone(build):
     torch.manual_seed(0)
     model, inputs = build()
-    assert [(f.code, f.tensor, f.message) for f in audit(model, (inputs,)).findings if f.severity != "info"] == []
+    assert alarms(model, (inputs,)) == []
+
+
+@pytest.mark.parametrize("build", look.LOOKALIKES, ids=lambda f: f.__name__)
+def test_and_so_it_is_after_training(build):
+    torch.manual_seed(1)
+    model, inputs = build()
+    assert alarms(look.trained(model, inputs).eval(), (inputs,)) == []
+
+
+# The older exporter has no operator for RMSNorm.
+FILES = (
+    *((look.grouped_queries, "dynamo"), (look.rezero, "dynamo"), (look.depthwise, "legacy_training")),
+    *((look.layer_scale, "legacy_training"), (look.zero_gammas, "legacy_training"), (look.siren, "legacy_training")),
+    *((look.tied_head, "legacy_training"), (look.relative_positions, "legacy_training")),
+)
+
+
+@pytest.mark.parametrize(("build", "exporter"), FILES, ids=lambda x: getattr(x, "__name__", x))
+def test_and_so_is_its_file(build, exporter, tmp_path):
+    torch.manual_seed(2)
+    model, inputs = build()
+    with zoo.quiet():
+        onnx.save(zoo.EXPORTERS[exporter](model, (inputs,)), tmp_path / "model.onnx")
+    assert alarms(str(tmp_path / "model.onnx"), None) == []
+
+
+def of(model, kind):
+    return [m for m in model.modules() if isinstance(m, kind)]
+
+
+def both_adapters_zero(model):
+    for adapter in of(model, look.Adapted):
+        adapter.a.weight.zero_()
+
+
+def scale_and_branch_zero(model):
+    block = of(model, look.Residual)[1]
+    block.scale.zero_()
+    for p in of(block, nn.Linear)[-1].parameters():
+        p.zero_()
+
+
+def branch_behind_a_zero_alpha(model):
+    for block in of(model, look.Residual):
+        for p in of(block, nn.Linear)[-1].parameters():
+            p.zero_()
+
+
+def both_gammas_zero(model):
+    for norm in of(model, nn.BatchNorm2d)[1:]:
+        norm.weight.zero_()
+
+
+def key_head_twice(model):
+    """With the queries that it serves and the columns that read it; keys and values alone part at the first step."""
+    attention = of(model, look.Attention)[1]
+    for layer in attention.into:
+        top, bottom = layer.weight.chunk(2)
+        bottom.copy_(top)
+    left, right = attention.out.weight.chunk(2, 1)
+    right.copy_(left)
+
+
+def query_head_twice(model):
+    attention = of(model, look.Attention)[0]
+    n = attention.size
+    attention.into.weight[n : 2 * n] = attention.into.weight[:n].clone()
+    attention.out.weight[:, n : 2 * n] = attention.out.weight[:, :n].clone()
+
+
+def cloned_block(model):
+    first, second, *_ = of(model, look.Attention)
+    second.load_state_dict(first.state_dict())
+
+
+def table_of_bytes(model):
+    table = next(p for p in model.parameters() if p.shape == (31, 4))
+    table.copy_(torch.randint(-(2**31), 2**31, (31, 4)).to(torch.int32).view(torch.float32))
+
+
+def scales_of_nothing(model):
+    for norm in of(model, look.FromZero):
+        norm.weight.fill_(-1)
+
+
+def hidden_layers_like_the_first(model):
+    """Without the division by w0."""
+    for layer in of(model, nn.Linear)[1:]:
+        layer.weight.mul_(30)
+
+
+def frequency_twice(model):
+    for layer in of(model, nn.Linear)[1:]:
+        layer.weight.div_(30)
+
+
+def scale_left_to_the_scores(model):
+    """T5's queries without 1/sqrt(dk), at eight times the width."""
+    for attention in of(model, look.Attention):
+        attention.into[0].weight.mul_(64)
+
+
+def one_value(model):
+    of(model, nn.Linear)[0].weight.fill_(0.02)
+
+
+def large_table(model):
+    model.table.weight.mul_(100)
+
+
+def empty_cell(model):
+    for p in model.cell.parameters():
+        p.zero_()
+
+
+def equal_kernels(model):
+    for conv in of(model, nn.Conv2d):
+        conv.weight.fill_(0.1)
+
+
+def no_taps(model):
+    for conv in of(model, nn.Conv2d):
+        if conv.groups > 1:
+            conv.weight.zero_()
+
+
+FAULTS = (
+    (look.adapters, both_adapters_zero, {"IA207"}),
+    (look.layer_scale, scale_and_branch_zero, {"IA207"}),
+    (look.rezero, branch_behind_a_zero_alpha, {"IA207"}),
+    (look.zero_gammas, both_gammas_zero, {"IA207"}),
+    (look.grouped_queries, key_head_twice, {"IA202"}),
+    (look.one_key_head, query_head_twice, {"IA202"}),
+    (look.tied_head, cloned_block, {"IA203"}),
+    (look.tied_head, large_table, {"IA310"}),
+    (look.relative_positions, table_of_bytes, {"IA206"}),
+    (look.zero_centred_norms, scales_of_nothing, {"IA311"}),
+    (look.siren, hidden_layers_like_the_first, {"IA304", "IA102", "IA308"}),
+    (look.siren, frequency_twice, {"IA101"}),
+    (look.bucketed_positions, scale_left_to_the_scores, {"IA302", "IA309"}),
+    (look.tied_autoencoder, one_value, {"IA201"}),
+    (look.recurrent, empty_cell, {"IA207", "IA201"}),
+    (look.small_convolutions, equal_kernels, {"IA201"}),
+    (look.depthwise, no_taps, {"IA207", "IA201"}),
+)
+
+
+@pytest.mark.parametrize(("build", "fault", "codes"), FAULTS, ids=lambda x: getattr(x, "__name__", None))
+def test_a_fault_beside_it_is_found(build, fault, codes):
+    torch.manual_seed(0)
+    model, inputs = build()
+    with torch.no_grad():
+        fault(model)
+    assert codes & {code for code, _, _ in alarms(model, (inputs,))}
 
 
 def test_a_post_norm_stack_keeps_its_gradient():
@@ -228,31 +385,3 @@ def test_a_post_norm_stack_keeps_its_gradient():
     norms = [float(block.branch[0].weight.grad.norm()) for block in (model[2], model[-2])]
     assert 0.3 < norms[0] / norms[1] < 30
     assert [(f.code, f.message) for f in audit(model, (inputs,)).findings if f.severity != "info"] == []
-
-
-DTYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
-
-
-def test_uninitialised_memory_is_far_from_every_law_of_the_catalogue():
-    """The largest share of ones among ten bits has mean 0.512 and standard deviation 0.0045 over draws: the limit, 0.625, is
-    25 of them away. Values above and below the limits at once do not occur in any law whose standard deviation is below 220."""
-    rng = np.random.default_rng(0)
-    largest, judged = 0.0, 0
-    for scheme in catalogue(site_of((80, 64), ("o", "i"), packed=3, depth=12)):
-        if scheme.distribution == "constant":
-            continue
-        std = math.sqrt(scheme.variance)
-        unit = rng.uniform(-(3**0.5), 3**0.5, (80, 64)) if scheme.distribution == "uniform" else rng.standard_normal((80, 64))
-        for dtype in DTYPES:
-            values = (unit * std).astype(dtype)
-            limits = memory._LIMITS_OF_HALF if dtype is np.float16 else memory._LIMITS
-            assert min(memory._shares(values, *limits)) < memory._BOTH
-        assert memory._free_of_zero((unit * std).astype(np.float16), memory._GAP) is None
-        # What is stored as bfloat16 and read as float16 has a gap, whatever the law and its scale.
-        assert memory._free_of_zero((unit * std).astype(ml_dtypes.bfloat16).view(np.float16), memory._GAP) is not None
-        values = (unit * std).astype(np.float32)
-        assert memory._low_bits(values, memory._OFTEN) is None
-        bits = values.reshape(-1).view(np.uint32)
-        largest, judged = max(largest, float(((bits[:, None] >> memory._BITS) & 1).mean(axis=0).max())), judged + 1
-    assert judged > 100
-    assert largest < 0.5 + (memory._OFTEN - 0.5) / 3

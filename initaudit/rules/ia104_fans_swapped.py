@@ -54,7 +54,10 @@ class FansSwapped(Rule):
         """One finding for all the weights of this kind."""
         if not initial(evidence):
             return
-        found = [(x, law) for x in fresh_layers(evidence, "contraction") if (law := _swapped(x, self.limit(evidence, "fans")))]
+        # A weight that another place reads along its second axis, as of a tied autoencoder, is right for that one.
+        both = {x.tensor for x in evidence.layers if tuple(x.pair.axes) != ("i", "o")}
+        judged = [x for x in fresh_layers(evidence, "contraction") if x.tensor not in both]
+        found = [(x, law) for x in judged if (law := _swapped(x, self.limit(evidence, "fans")))]
         found = [(x, law) for x, law in found if plain(x) and not normalised(x)]
         if not found:
             return

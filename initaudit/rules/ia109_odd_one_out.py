@@ -160,7 +160,8 @@ def _joins(layer: LayerEvidence) -> bool:
 
 
 _Law = Callable[[LayerEvidence], float]
-# What a variance may be inversely proportional to: nothing, and the fans as counted from the axes or from the shape.
+# What a variance may be inversely proportional to: nothing, the fans as counted from the axes or from the shape, and, of
+# orthonormal rows or columns, the longer side.
 _LAWS: tuple[_Law, ...] = (
     lambda x: 1.0,
     lambda x: float(x.pair.fan_in),
@@ -168,6 +169,7 @@ _LAWS: tuple[_Law, ...] = (
     lambda x: float(x.pair.fan_in + x.pair.fan_out),
     lambda x: x.moments.count / x.pair.shape[0],
     lambda x: x.moments.count / x.pair.shape[1] if len(x.pair.shape) > 1 else 1.0,
+    lambda x: max(x.pair.shape[0], x.moments.count / x.pair.shape[0]),
 )
 
 

@@ -103,6 +103,17 @@ class BiasKillsUnits(Rule):
         return (example("biases of -9", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-9))),)
 
 
+def _student(normal: float, degrees: int) -> float:
+    """What Student's t exceeds as seldom as a normal value does `normal` (Wallace 1959): few units have a spread by chance.
+
+    Of two biases about zero the mean lies four estimated standard errors below it in one layer of thirteen.
+    """
+    if degrees < 1:
+        return 0.0  # one value has no spread
+    exponent = (normal * (8 * degrees + 3) / (8 * degrees + 1)) ** 2 / degrees
+    return math.copysign(math.sqrt(degrees * math.expm1(min(700.0, exponent))), normal)
+
+
 def _killed(evidence: Evidence, layer: LayerEvidence, deviations: float, shifted: float) -> float:
     """The share of units that their bias switches off."""
     pair = layer.pair
@@ -121,7 +132,7 @@ def _killed(evidence: Evidence, layer: LayerEvidence, deviations: float, shifted
         return 0.0
     rows = np.moveaxis(weight, axes[0], 0).reshape(bias.size, -1)
     # A law about zero kills at most half of the units, however small the inputs still are: the other half lets them grow.
-    if bias.mean() > -shifted * bias.std() / math.sqrt(bias.size):
+    if bias.mean() > -_student(shifted, bias.size - 1) * float(bias.std()) / math.sqrt(max(1, bias.size - 1)):
         return 0.0
     reach = np.sqrt((rows**2).sum(1) * power)
     return min(float(np.mean(bias < -deviations * reach - 1e-12)), signal.dead)
