@@ -81,6 +81,7 @@ class Program:
             no_probe=seen.no_probe,
             prediction=seen.prediction,
             risk_spread=seen.spread,
+            synthetic=self.synthetic,
         )
 
     def _probe(self) -> Probed:

@@ -22,7 +22,7 @@ class UntrainedLayer(Rule):
     What it does: tests every weight for being an independent draw from a known law (moments, extremes, rows and columns,
     largest singular value), and reports those that are, where most of the others are not. Weights that are frozen, and those
     that cannot have learnt because a zero behind them stops their gradient (LoRA's A before its B), are left out. Where only
-    layers that make the output are fresh, it is a remark: a new head belongs to every fine-tuning.
+    layers that make the output are fresh, or zero, it is a remark: a new head belongs to every fine-tuning.
 
     Why it is bad: a key did not match when the checkpoint was loaded, so that this layer is random. The model answers, badly.
 
@@ -86,10 +86,14 @@ class UntrainedLayer(Rule):
         empty = [x for x in evidence.layers if x.moments.count and x.moments.min == x.moments.max == 0 and x.pair.fan_in > 1]
         if not cut or not empty or len(trained) < self.limit(evidence, "trained"):
             return
+        # A new head of zeros lets the gradient through after its own first step.
+        head = all(to_output(x) for x in empty)
+        reason = "right for a new head, else it was not loaded" if head else "as of a tensor that was not loaded"
         yield self.finding(
             f"all {empty[0].moments.count:,} values of {names(empty)} are zero, and no gradient reaches {names(cut)} any more, "
-            f"which {'was' if len(cut) == 1 else 'were'} trained: the zeros came later, as of a tensor that was not loaded",
+            f"which {'was' if len(cut) == 1 else 'were'} trained: the zeros came later, {reason}",
             _again(*empty),
+            severity="info" if head else "error",
             measured=0.0,
             expected=empty[0].expectation.exact or empty[0].expectation.lecun or 1 / max(1, empty[0].pair.fan_in),
             law=EXACT + "gain²/fan_in is a spread, and zeros have none",
