@@ -102,7 +102,8 @@ def matters(before: Behaviour, after: Behaviour, changed: Sequence[str], how: st
     which the weight itself has grown.
     """
     if how == "cut":
-        return not after.spread > 1e-6 * before.spread
+        # Behind a head of zeros nothing comes through whatever stands before it.
+        return before.spread > 0 and not after.spread > 1e-6 * before.spread
     ratios = [after.spread / before.spread if before.spread > 0 else 1.0]
     others = [n for n, g in before.gradients.items() if n not in changed and g > 0 and after.gradients.get(n, 0.0) > 0]
     logs = sorted(math.log(after.gradients[n] / before.gradients[n]) for n in others)
@@ -175,7 +176,7 @@ def _overflow(w: Tensor) -> Tensor:
 def _clone(layers: Sequence[Layer], place: int) -> list[str] | None:
     name, layer = layers[place]
     twin = next(((n, m) for n, m in layers if m is not layer and m.weight.shape == layer.weight.shape), None)
-    if twin is None:
+    if twin is None or torch.equal(twin[1].weight, layer.weight):
         return None
     layer.weight.copy_(twin[1].weight)
     return [name, twin[0]]
@@ -257,6 +258,8 @@ def _forgotten(layers: Sequence[Layer], place: int) -> list[str] | None:
     return [name]
 
 
+# What a factor of 1/sqrt(3) makes of a uniform law is that of bounds that were given the standard deviation.
+_THIRD = "IA110"
 _UP = ("IA102", "IA103", "IA104", "IA109", "IA302", "IA304", "IA306", "IA308", "IA309", "IA310", "IA402", "IA601")
 _DOWN = ("IA101", "IA103", "IA104", "IA109", "IA301", "IA303", "IA307", "IA403")
 FAULTS: tuple[Fault, ...] = (
@@ -264,7 +267,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("constant", ("IA107", "IA201", "IA202", "IA205"), _fill(lambda w: torch.full_like(w, float(w.std())))),
     Fault("duplicated units", ("IA202", "IA205"), _fill(lambda w: w[:1].expand_as(w))),
     Fault("half-duplicated units", ("IA202", "IA205"), _half),
-    Fault("x1000", _UP, _fill(lambda w: 1000 * w), "scale"),
+    Fault("x1000", (*_UP, "IA401"), _fill(lambda w: 1000 * w), "scale"),
     Fault("/1000", _DOWN, _fill(lambda w: w / 1000), "scale"),
     Fault("NaN", ("IA401",), _fill(_nan)),
     Fault("uninitialised memory", ("IA206", "IA401"), _fill(_memory)),
@@ -275,6 +278,6 @@ FAULTS: tuple[Fault, ...] = (
     Fault("zeros in series", ("IA201", "IA207", "IA311"), _series),
     Fault("swapped fans", (*_UP, *_DOWN), _fans, "follows"),
     Fault("forgotten layer", (*_UP, *_DOWN), _forgotten, "follows"),
-    Fault("all x4", _UP, _all(4.0), "scale", once=True),
-    Fault("wrong gain throughout", _DOWN, _all(1 / math.sqrt(3)), "scale", once=True),
+    Fault("all x4", (*_UP, "IA401"), _all(4.0), "scale", once=True),
+    Fault("wrong gain throughout", (*_DOWN, _THIRD), _all(1 / math.sqrt(3)), "scale", once=True),
 )

@@ -11,7 +11,8 @@ from initaudit.graph.calls import arguments, role_of, signal_inputs, weight_uses
 from initaudit.graph.graph import shape_of
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
 
@@ -25,7 +26,7 @@ def constant_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     constant: set[fx.Node] = set()
     for node in graph.nodes:
         fixed = node.op == "get_attr" or (
-            node.op == "call_function" and not _is_random(node) and all(a in constant for a in node.all_input_nodes)
+            node.op == "call_function" and not is_random(node) and all(a in constant for a in node.all_input_nodes)
         )
         if fixed:
             constant.add(node)

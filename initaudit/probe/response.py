@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from initaudit.graph.calls import role_of
 from initaudit.graph.graph import Graph
@@ -176,7 +175,9 @@ def _loss(node: fx.Node, value: Tensor, unit: int, generator: torch.Generator) -
 
         def entropy(x: Tensor) -> Tensor:
             p = _rows(x, unit)[:examples]
-            return functional.binary_cross_entropy(p, wanted[: p.shape[0]])
+            # torch's own refuses what is no number, and a network that overflows is to be told, not to stop the probe.
+            y = wanted[: p.shape[0]]
+            return -(y * (p + _TINY).log() + (1 - y) * (1 - p + _TINY).log()).mean()
 
         return entropy, math.log(2)
     if classes == 1:

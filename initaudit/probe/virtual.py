@@ -15,8 +15,8 @@ from initaudit.graph.graph import Graph
 from initaudit.probe.passes import Pass, backward, batch_of, cotangents
 
 # A step as large as a hundredth of a parameter's own size, or of 0.01 where it is zero: enough to leave zero, too little to
-# change what the network is.
-_STEP = 0.01
+# change what the network is. Adam's first step moves every element by 1e-3 however small it is, and so does this one.
+_STEP, _SMALL = 0.01, 0.1
 _STEPS = 2
 
 
@@ -62,5 +62,5 @@ def _move(graph: Graph, key: str, gradient: Tensor) -> Tensor | None:
         return None
     value = graph.constants[key].value().to(gradient.device)
     size = float(value.double().square().mean().sqrt())
-    scale = _STEP * (size if size > 0 else 1.0)
+    scale = _STEP * (max(size, _SMALL) if size > 0 else 1.0)
     return -scale * 0.5 * ((gradient / rms).float() + gradient.sign())

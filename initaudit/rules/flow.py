@@ -126,11 +126,13 @@ class _Follow:
         growth: dict[str, float] = {}
         base: dict[str, float | None] = {}
         spread: dict[str, float | None] = {}
+        varied = self._varied()
         for node in self.nodes:
             sources, here = self.sources[node], self.signals[node.name]
             spread[node.name] = here.spread
             if not sources:
-                size[node.name] = contrast[node.name] = growth[node.name] = 1.0
+                size[node.name] = growth[node.name] = 1.0
+                contrast[node.name] = 1.0 if node in varied else 0.0
                 base[node.name] = here.moment2
                 continue
             step = self._step(node)
@@ -140,7 +142,9 @@ class _Follow:
             before = self.signals[source.name]
             if here.spread is None:
                 spread[node.name] = spread[source.name]  # what moves elements is not measured, and changes nothing
-            if step != "passes":
+            if step == "computes" and here.moment2 == 0:
+                contrast[node.name] = 0.0
+            elif step != "passes":
                 contrast[node.name] = contrast[source.name] * min(1.0, _ratio(here.spread, spread[source.name]))
             # What is seen to differ here was not lost on the way: a norm over the batch takes what examples share away again.
             contrast[node.name] = max(contrast[node.name], here.spread or 0.0)
@@ -151,6 +155,16 @@ class _Follow:
             # A mask of the lowest float is no growth: only what an operator computes from data is looked at.
             growth[node.name] = _ratio(here.moment2, _at_least_one(base[node.name]))
         return size, contrast, growth
+
+    def _varied(self) -> set[fx.Node]:
+        """The nodes that inputs or chance have a part in: a class token and a table of positions are the same for all."""
+        from initaudit.graph.constness import is_random
+
+        found: set[fx.Node] = set()
+        for node in self.graph.fx.nodes:
+            if node.op == "placeholder" or is_random(node) or any(a in found for a in node.all_input_nodes):
+                found.add(node)
+        return found
 
     def _backward(self) -> dict[str, float]:
         left = self._along_the_best_way()

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
+from initaudit.rules.flow import ROUNDING
 from initaudit.rules.rule import Threshold
+from initaudit.rules.structure import reading_inputs
 from initaudit.rules.support import chain, normalised, view
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from initaudit.config import Config
 
 Level = Literal["", "warning", "error"]
@@ -68,7 +72,8 @@ def limits_of(config: Config) -> Limits:
 class Health:
     """Ratios of second moments at their worst, and the level of harm of each; `layers` are what they were measured over.
 
-    `growth` is the largest of any layer, `reaching` that of the signal which the output's layer reads.
+    `growth` is the largest of any layer, `reaching` that of the signal which the output's layer reads, `depth` how many of the
+    layers stand in series.
     """
 
     layers: tuple[LayerEvidence, ...]
@@ -82,6 +87,7 @@ class Health:
     worst_growth: LayerEvidence | None = None
     worst_gradient_growth: LayerEvidence | None = None
     limits: Limits = Limits()
+    depth: int = 0
 
     @property
     def vanishing(self) -> Level:
@@ -101,7 +107,7 @@ class Health:
     @property
     def gradient_growing(self) -> Level:
         """How badly the gradient grows on its way back, by its size and by its rate."""
-        slow = self.gradient_growth < RATE ** len(self.layers)
+        slow = self.gradient_growth < RATE**self.depth
         return above(self.gradient_growth / (SLOWLY if slow else 1.0), self.limits.gradient_growth)
 
     @property
@@ -144,7 +150,16 @@ def health(evidence: Evidence) -> Health:
     def at(layer: LayerEvidence, values: Mapping[str, float]) -> list[float]:
         return [values[name] for name in inputs.get(layer.pair.node, ()) if name in values]
 
-    gradients = [(min(found), x) for x in layers if (found := at(x, flow.gradient))]
+    # A layer's own weights decide what goes on below it, and below the first there is nothing to train: it learns by what
+    # arrives at its output. BLIP's image tower begins with weights of 1e-10, and learns as fast as one of 0.02.
+    first = reading_inputs(evidence)
+
+    def learns_by(layer: LayerEvidence) -> list[float]:
+        if layer.tensor not in first:
+            return at(layer, flow.gradient)
+        return [flow.gradient[r.output] for r in layer.records if r.output in flow.gradient]
+
+    gradients = [(min(found), x) for x in layers if (found := learns_by(x))]
     grown = [(max(found), x) for x in layers if (found := at(x, flow.gradient_growth))]
     # A norm right behind a layer undoes its growth, as a sine does; one that comes later leaves the layers between to suffer.
     whole = {x.pair.node: r.output for x in layers for r in x.records if r.node == x.pair.node}
@@ -153,4 +168,28 @@ def health(evidence: Evidence) -> Health:
     high = max(grown, key=lambda g: g[0], default=(1.0, None))
     size = max(sizes, key=lambda g: g[0], default=(1.0, None))
     reaches = max((flow.growth[n] for n in flow.last if n in flow.growth), default=1.0)
-    return Health(tuple(layers), signal, contrast, low[0], size[0], high[0], reaches, low[1], size[1], high[1], limits)
+    # Behind a layer of zeros a norm divides by its epsilon alone: what gradients make of that says nothing of the weights.
+    backwards = (1.0, None) if contrast <= ROUNDING else high
+    return Health(
+        tuple(layers),
+        signal,
+        contrast,
+        low[0],
+        size[0],
+        backwards[0],
+        reaches,
+        low[1],
+        size[1],
+        backwards[1],
+        limits,
+        _in_series(evidence, layers),
+    )
+
+
+def _in_series(evidence: Evidence, layers: list[LayerEvidence]) -> int:
+    """The most layers that any way from input to output passes through."""
+    at = {p.node for x in layers for p in x.pairs}
+    depth: dict[fx.Node, int] = {}
+    for node in view(evidence).nodes.values():
+        depth[node] = max((depth[a] for a in node.all_input_nodes), default=0) + (node.name in at)
+    return max(depth.values(), default=0)

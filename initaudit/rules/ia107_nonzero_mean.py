@@ -11,7 +11,7 @@ from initaudit.rules.examples import convs, example, linear, mlp
 from initaudit.rules.health import health, worst
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule, Threshold
-from initaudit.rules.support import SIGMAS, fields, fresh_layers, power, to_output
+from initaudit.rules.support import SIGMAS, fields, fresh_layers, is_head, power
 
 # Of the power that a unit receives from fan_in inputs with a common mean, mean²·fan_in comes from the mean of the weights and
 # var from their spread (per unit of input power). Above 1 all units see mostly one number; identities with noise and small
@@ -51,7 +51,7 @@ class NonzeroMean(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all layers of this kind."""
-        off = [x for x in fresh_layers(evidence) if _off(x, self.limit(evidence, "share"))]
+        off = [x for x in fresh_layers(evidence) if _off(x, self.limit(evidence, "share")) and not is_head(evidence, x)]
         if not off:
             return
         state = health(evidence)
@@ -112,7 +112,7 @@ def _positive(model: Any) -> None:
 
 def _off(layer: LayerEvidence, share: float) -> bool:
     moments = layer.moments
-    if not moments.m2 > 0 or not layer.pair.trainable or moments.count < 64 or to_output(layer):
+    if not moments.m2 > 0 or not layer.pair.trainable or moments.count < 64:
         return False
     # A depthwise kernel averages over its own channel: no two channels become alike by it.
     inputs = math.prod(n for n, a in zip(layer.pair.shape, layer.pair.axes, strict=True) if a == "i")

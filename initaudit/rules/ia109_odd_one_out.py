@@ -34,6 +34,7 @@ _FACTOR = 1.4
 _DROWNS = 10.0
 # Fewer siblings than this have to agree as closely as drawn tensors do.
 _MANY = 5
+_WHOLE = 8  # layers of a model that make a consensus whatever their roles: twice as many as siblings
 # What drawn tensors of one law may differ by beyond sampling: a truncation, a rounding.
 _ROUNDING = 0.05
 
@@ -53,7 +54,8 @@ class OddOneOut(Rule):
 
     What it does: groups weights by operator, activation and path. Where at least four siblings agree within sampling error, in
     their spread or in its ratio to the fans, and at most a seventh of them stand apart by a factor of 1.4 or more, these are
-    named. The first and the last layers have roles of their own and are siblings of none but those of their shape. Trained
+    named; and so is, in a model that has one spread in all its matrices, a matrix that differs from its like in other blocks.
+    The first and the last layers have roles of their own and are siblings of none but those of their shape. Trained
     weights, which differ for good reasons, are not compared.
 
     Why it is bad: an initializer that looks for a type by name or by exact class skipped a layer. It keeps the framework's
@@ -108,13 +110,15 @@ class OddOneOut(Rule):
         for siblings in (*shapes.values(), *roles.values()):
             if len(siblings) <= consensus.siblings or not all(is_fresh(evidence, x) for x in siblings):
                 continue
-            for finding in self._judge(evidence, siblings, consensus):
+            for finding in self._judge(evidence, _odd(siblings, consensus)):
                 if not named & {finding.tensor, *finding.related}:
                     named |= {finding.tensor, *finding.related}
                     yield finding
+        whole = [x for members in roles.values() for x in members]
+        if not named and all(is_fresh(evidence, x) for x in whole):
+            yield from self._judge(evidence, _odd_of_all(whole, consensus))
 
-    def _judge(self, evidence: Evidence, siblings: list[LayerEvidence], consensus: _Consensus) -> Iterator[Finding]:
-        found = _odd(siblings, consensus)
+    def _judge(self, evidence: Evidence, found: _Split | None) -> Iterator[Finding]:
         if found is None:
             return
         odd, agree, middle, law = found
@@ -178,16 +182,38 @@ def _role(layer: LayerEvidence) -> tuple[object, ...]:
     return (pair.operator, pair.axes, pair.groups > 1, activation_of(layer), path_of(layer))
 
 
-def _odd(
-    siblings: list[LayerEvidence], consensus: _Consensus
-) -> tuple[list[LayerEvidence], list[LayerEvidence], LayerEvidence, _Law] | None:
-    """(those apart, those that agree, the one in the middle, the law by which they agree); None where there is no such law.
+# (those apart, those that agree, the one in the middle, the law by which they agree)
+_Split = tuple[list[LayerEvidence], list[LayerEvidence], LayerEvidence, _Law]
+
+
+def _odd_of_all(layers: list[LayerEvidence], consensus: _Consensus) -> _Split | None:
+    """The layers apart where all of a model have one spread whatever their fans, as N(0, 0.02) throughout gives.
+
+    A shallow model has few layers of each role. A role that has a law of its own (a gate, a router) has no member that agrees.
+    """
+    if len(layers) < _WHOLE or len({x.pair.fan_in for x in layers}) < 2:
+        return None
+    found = _odd(layers, consensus, _LAWS[:1])
+    if found is None:
+        return None
+    roles = {_like(x) for x in found[1]}
+    odd = [x for x in found[0] if _like(x) in roles]
+    return (odd, *found[1:]) if odd else None
+
+
+def _like(layer: LayerEvidence) -> tuple[object, ...]:
+    """The role as the other blocks know it: what stands behind the stream differs in the last of them."""
+    return (*_role(layer)[:-1], path_of(layer)[:1], layer.pair.shape)
+
+
+def _odd(siblings: list[LayerEvidence], consensus: _Consensus, laws: tuple[_Law, ...] = _LAWS) -> _Split | None:
+    """Those apart from all others; None where there is no law that most follow.
 
     Under the first law that most follow; whoever is apart has to be so under every such law.
     """
-    first: tuple[list[LayerEvidence], list[LayerEvidence], LayerEvidence, _Law] | None = None
+    first: _Split | None = None
     one_shape = len({x.pair.shape for x in siblings}) == 1
-    for law in _LAWS[:1] if one_shape else _LAWS:
+    for law in laws[:1] if one_shape else laws:
         ordered = sorted(siblings, key=lambda x: x.moments.variance * law(x))
         middle = ordered[len(ordered) // 2]
         odd: list[LayerEvidence] = []

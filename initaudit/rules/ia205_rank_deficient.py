@@ -11,7 +11,7 @@ from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
-from initaudit.rules.support import fields, fresh_layers, initial, to_output
+from initaudit.rules.support import fields, fresh_layers, initial, is_head
 
 # A weight is projected to this many rows and columns, which keeps its rank up to that.
 _SIDE = 96
@@ -51,7 +51,7 @@ class RankDeficient(Rule):
         for layer in fresh_layers(evidence, "contraction"):
             if (
                 not layer.moments.m2 > 0
-                or to_output(layer)
+                or is_head(evidence, layer)
                 or not layer.pair.trainable
                 or layer.moments.nan
                 or layer.moments.inf

@@ -49,11 +49,14 @@ class InputsCollapse(Rule):
         level = below(state.contrast, state.limits.contrast)
         signals = evidence.trace.signals
         last = [n for n in flow.last if n in signals]
-        constant = bool(last) and all(signals[n].moment2 == 0 or flow.contrast.get(n) == 0 for n in last)
+        same = [n for n in last if _constant(signals[n], flow.contrast)]
+        cut = (x for x in state.layers if any(_constant(signals.get(r.output), flow.contrast) for r in x.records))
+        alone = next(cut, None) if same else None
+        # One of several outputs may be constant on purpose, but not by a layer that sends the same to every input.
+        constant = bool(same) and (len(same) == len(last) or alone is not None)
         if not level and not constant:
             return
-        cut = (x for x in state.layers if any(_constant(signals.get(r.output), flow.contrast) for r in x.records))
-        alone = next(cut, None) if constant else culprit(evidence, state, flow.contrast, state.contrast)
+        alone = alone if constant else culprit(evidence, state, flow.contrast, state.contrast)
         small = [alone] if alone else [x for x in state.layers if (ratio_of(x) or 1) < 1] or list(state.layers)
         found = "nothing" if constant else power(state.contrast)
         where = f"it is lost in {small[0].tensor}" if alone else f"{names(small, 3)} have small weights"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from initaudit.location import NOWHERE
-from initaudit.rules.evidence import Evidence
+from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import convs, example, mlp
 from initaudit.rules.remedy import init_line, reset_line
 from initaudit.rules.rule import EXACT, Example, Finding, Rule
 from initaudit.rules.structure import is_mask
-from initaudit.rules.support import fresh_layers, ratio_of
+from initaudit.rules.support import fields, fresh_layers, power, ratio_of
 
 # Times the variance that keeps a signal: what takes a signal out of float32 is far beyond.
 _LARGE = 10.0
@@ -80,18 +80,23 @@ class NanOrInf(Rule):
         seen = trace.signals.get(place) if place is not None else None
         # What happens before the first weight is a matter of the inputs, and the inputs may be made up.
         early = forward and seen is not None and seen.order < min(orders, default=0)
+        large = [] if early else _large(evidence)
+        root = fields(large[0]) if large else {"site": location.site, "location": location}
+        cause = f"{large[0].tensor} has {power(ratio_of(large[0]) or 0)} times the variance it needs; " if large else ""
         yield self.finding(
-            f"the {what} is not finite from {location.site or place} on, although every weight is; "
+            f"the {what} is not finite from {location.site or place} on, although every weight is; {cause}"
             + ("the probe's inputs may be outside of what the model takes" if early else "after one step no weight is finite"),
             "initaudit.audit(model, inputs)  # a batch of real inputs; --data on the command line"
             if early
-            else _smaller(evidence),
+            else init_line(*large)
+            if large
+            else "torch.autograd.set_detect_anomaly(True)  # no weight is too large: look at the operator itself",
             severity="info" if early else "error",
             measured=float(sum(not s.finite for s in trace.signals.values())),
             expected=0.0,
             law=EXACT + "operators of the probe whose signal is not finite",
-            site=location.site,
-            location=location,
+            related=tuple(x.tensor for x in large[1:]),
+            **root,
         )
 
     @classmethod
@@ -108,14 +113,11 @@ class NanOrInf(Rule):
         )
 
 
-def _smaller(evidence: Evidence) -> str:
-    """The line that draws again what is too large for its activation."""
-    large = list({x.tensor: x for x in fresh_layers(evidence) if (ratio_of(x) or 0.0) > _LARGE}.values())
-    return (
-        init_line(*large)
-        if large
-        else "torch.autograd.set_detect_anomaly(True)  # no weight is too large: look at the operator itself"
-    )
+def _large(evidence: Evidence) -> list[LayerEvidence]:
+    """The layers that are far too large for their activation, those left out that are not a tenth as large as the worst."""
+    found = {x.tensor: (x, ratio) for x in fresh_layers(evidence) if (ratio := ratio_of(x) or 0.0) > _LARGE}
+    worst = max((ratio for _, ratio in found.values()), default=0.0)
+    return [x for x, ratio in found.values() if ratio > worst / 10]
 
 
 def _trainable(evidence: Evidence, name: str) -> bool:

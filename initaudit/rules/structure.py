@@ -34,18 +34,7 @@ def reading_inputs(evidence: Evidence) -> frozenset[str]:
 
 def last_layers(evidence: Evidence) -> frozenset[str]:
     """The tensors of layers with no other layer behind them, whatever activation or norm stands before the output."""
-    if evidence.graph is None:
-        return frozenset()
-    at = {p.node: layer.tensor for layer in evidence.layers for p in layer.pairs}
-    before: set[fx.Node] = set()
-    found = set()
-    for node in reversed(evidence.graph.fx.nodes):
-        if any(u in before for u in node.users):
-            before.add(node)
-        elif node.name in at:
-            found.add(at[node.name])
-            before.add(node)
-    return frozenset(found)
+    return view(evidence).last
 
 
 def is_tie(layers: Sequence[LayerEvidence]) -> bool:

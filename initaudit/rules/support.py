@@ -51,6 +51,19 @@ class View:
         return constant_nodes(self.evidence.graph.fx) if self.evidence.graph is not None else frozenset()
 
     @functools.cached_property
+    def last(self) -> frozenset[str]:
+        """The tensors of layers with no other layer behind them; none without a graph."""
+        before: set[fx.Node] = set()
+        found = set()
+        for node in reversed(list(self.nodes.values())):
+            if any(u in before for u in node.users):
+                before.add(node)
+            elif node.name in self.layer_at:
+                found.add(self.layer_at[node.name].tensor)
+                before.add(node)
+        return frozenset(found)
+
+    @functools.cached_property
     def layer_at(self) -> Mapping[str, LayerEvidence]:
         """The layer at the node of this name; of several at one node the last."""
         return {p.node: layer for layer in self.evidence.layers for p in layer.pairs}
@@ -145,6 +158,11 @@ def to_output(layer: LayerEvidence) -> bool:
     return any("output" in feed.path for feed in layer.feeds)
 
 
+def is_head(evidence: Evidence, layer: LayerEvidence) -> bool:
+    """Whether the weight makes an output and nothing else: the mean of a variational autoencoder is read by its decoder too."""
+    return to_output(layer) and (evidence.graph is None or layer.tensor in view(evidence).last)
+
+
 def error_of(layer: LayerEvidence) -> float:
     """The standard error of the observed variance relative to it; infinite where there are too few values."""
     variance, error = layer.moments.variance, layer.expectation.standard_error
@@ -175,7 +193,9 @@ def apart(observed: float, expected: float, relative: float) -> float:
 
 def chain(evidence: Evidence) -> list[LayerEvidence]:
     """The linear, convolutional and recurrent layers that the probe reached, in forward order, without the output's."""
-    return [x for x in evidence.layers if x.records and x.pair.role in ("contraction", "recurrent") and not to_output(x)]
+    return [
+        x for x in evidence.layers if x.records and x.pair.role in ("contraction", "recurrent") and not is_head(evidence, x)
+    ]
 
 
 def power(value: float) -> str:

@@ -8,20 +8,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from initaudit.config import Config
+from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence, LayerEvidence
-from initaudit.rules.health import Health, Level, health
+from initaudit.rules.health import Health, Level, below, health
 from initaudit.rules.support import (
     SIGMAS,
     activation_of,
     error_of,
     fresh_layers,
     initial,
+    is_head,
     normalised,
     path_of,
     plain,
     power,
     ratio_of,
-    to_output,
+    view,
 )
 
 # A deviation smaller than this compounds to less than a factor of 10 over ten layers.
@@ -109,7 +111,7 @@ def deviation(evidence: Evidence, side: Side) -> Deviation | None:
     if not initial(evidence):
         return None
     limits = bounds(evidence.config, side)
-    off = [x for x in fresh_layers(evidence) if deviates(x, side, limits.ratio) and not to_output(x)]
+    off = [x for x in fresh_layers(evidence) if deviates(x, side, limits.ratio) and not is_head(evidence, x)]
     if not off:
         return None
     state = health(evidence)
@@ -123,6 +125,10 @@ def deviation(evidence: Evidence, side: Side) -> Deviation | None:
             text = f"their activations are in the flat part for most inputs (slope {slope:.2g} of the steepest)"
     if not level:
         return None
+    if side == "small" and (alone := _alone(evidence, state)) is not None:
+        if alone.tensor not in {x.tensor for x in off}:
+            return None  # a rule about the symptom names it
+        off = [alone]
     risk = evidence.risk
     if risk is not None and min(risk.untrainable_sgd, risk.untrainable_adam) > limits.untrainable:
         level = "error"
@@ -130,6 +136,21 @@ def deviation(evidence: Evidence, side: Side) -> Deviation | None:
     strongest = max(abs(math.log(ratio_of(x) or 1)) for x in off)
     off = [x for x in off if abs(math.log(ratio_of(x) or 1)) > strongest / 4]
     return Deviation(tuple(off), level, text, state)
+
+
+def _alone(evidence: Evidence, state: Health) -> LayerEvidence | None:
+    """The one layer that does what vanishes, where it is one."""
+    flow, limits = view(evidence).flow, state.limits
+    if flow is None:
+        return None
+    both = {n: flow.size[n] * flow.contrast[n] for n in flow.size}
+    measures = (
+        (flow.contrast, state.contrast, limits.contrast),
+        (both, state.signal, limits.signal),
+        (flow.gradient, state.gradient, limits.gradient),
+    )
+    found = (culprit(evidence, state, values, total) for values, total, limit in measures if below(total, limit))
+    return next((x for x in found if x is not None), None)
 
 
 def vanishing_text(state: Health) -> str:
