@@ -77,6 +77,7 @@ def detection(rows: Sequence[Row]) -> str:
 
 
 def _peers(broken: Sequence[Row], whole: Sequence[Row]) -> str:
+    broken, whole = [r for r in broken if r["peers"]], [r for r in whole if r["peers"]]
     ours = [found(r) for r in broken]
     seconds = [r["audit_seconds"] for r in (*broken, *whole)]
     share = f"{sum(f for f, _ in ours)} of {len(ours)}"

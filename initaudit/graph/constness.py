@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 
 import torch
@@ -44,7 +45,8 @@ def constant_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
 
 
 def _from_layer(node: fx.Node, constant: set[fx.Node]) -> bool:
-    """Whether a layer with a bias made this constant, seen through changes of layout. No weight is made by adding a vector."""
+    """Whether a layer with a bias made this constant, seen through changes of layout and the scale that an attention gives its
+    queries. No weight is made by adding a vector."""
     stack, seen = [node], set[fx.Node]()
     while stack:
         current = stack.pop()
@@ -53,9 +55,16 @@ def _from_layer(node: fx.Node, constant: set[fx.Node]) -> bool:
         seen.add(current)
         if _biased(current, constant):
             return True
-        if role_of(current).kind in ("passthrough", "merge"):
+        if role_of(current).kind in ("passthrough", "merge") or _scaled(current):
             stack += signal_inputs(current)
     return False
+
+
+def _scaled(node: fx.Node) -> bool:
+    """Whether a call multiplies or divides by one number."""
+    name = (role_of(node).name or str(getattr(node.target, "__name__", ""))).lower().partition(".")[0]
+    large = [a for a in node.all_input_nodes if math.prod(shape_of(a) or ()) > 1]
+    return role_of(node).kind == "pointwise" and name in ("mul", "multiply", "div", "true_divide") and len(large) == 1
 
 
 def _biased(node: fx.Node, constant: set[fx.Node]) -> bool:

@@ -69,15 +69,18 @@ def axes_of(
     if node.op == "placeholder":
         return Axes(batch=0, examples=head.shape[0])
     sources = [s for s in signal_inputs(node) if s in known and s in shapes]
+    kind = role_of(node).kind
+    if kind == "embedding" and not sources:
+        # ONNX calls the table the data: the examples are those of the places that are looked up in it.
+        sources = [s for s in node.all_input_nodes if s in known and s in shapes]
     if not sources:
         return UNKNOWN
-    kind = role_of(node).kind
     shape = tuple(head.shape)
     if kind == "embedding" and not uses:
         kind = "passthrough"  # a place picked out of a signal
     if kind == "passthrough":
         source = sources[0]
-        if role_of(source).kind == "recurrent" and shapes[source] != shape:
+        if role_of(source).kind == "recurrent" and role_of(node).name == "getitem" and shapes[source] != shape:
             # Another result than the one that was followed: a state beside the sequence.
             return _state(source, known[source], shape)
         key = _signature(node, source, known[source], shapes[source], shape)

@@ -24,6 +24,8 @@ _PICKERS = ("indices", "index", "indices_")
 # What an index passes on its way to a table, and what it may be computed with.
 _KEEPS_NUMBERS = ("passthrough", "pointwise", "merge", "opaque")
 _STEPS = 400
+_SEARCHED = 1 << 22  # numbers of a table that is looked through: among more rows one for padding is hardly ever drawn
+_PADDINGS = 4  # rows of zeros that a table may hold for padding; more of them are something else
 _TRIES = 120
 
 
@@ -34,8 +36,30 @@ def tables(graph: Graph) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for node, given in _placeholders(graph):
-        if (rows := _rows(node)) is not None:
+        if (rows := min((size for size, _ in _indexed(node)), default=None)) is not None:
             found[given.name] = rows
+    return found
+
+
+def _paddings(graph: Graph) -> dict[str, set[int]]:
+    """For every input that picks rows of tables: those that are zeros throughout.
+
+    A row for padding is masked away wherever it stands; behind a norm, whose epsilon alone then divides, nothing that is
+    measured of it says anything of the network.
+    """
+    found: dict[str, set[int]] = {}
+    for node, given in _placeholders(graph):
+        for _, table in _indexed(node):
+            constant = graph.constants.get(str(table.target)) if table.op == "get_attr" else None
+            if (
+                constant is not None
+                and len(constant.shape) == 2
+                and constant.shape[0] > 2
+                and math.prod(constant.shape) <= _SEARCHED
+            ):
+                zeros = (constant.value() == 0).all(1).nonzero().flatten().tolist()
+                if len(zeros) <= _PADDINGS:
+                    found.setdefault(given.name, set()).update(zeros)
     return found
 
 
@@ -43,25 +67,24 @@ def _placeholders(graph: Graph) -> Iterator[tuple[fx.Node, Input]]:
     yield from zip((n for n in graph.fx.nodes if n.op == "placeholder"), graph.inputs, strict=True)
 
 
-def _rows(start: fx.Node) -> int | None:
-    smallest: int | None = None
+def _indexed(start: fx.Node) -> Iterator[tuple[int, fx.Node]]:
+    """The tables that the numbers of an input pick rows from, and how many each has."""
     seen, stack = {start}, [start]
     while stack and len(seen) < _STEPS:
         node = stack.pop()
         for user in node.users:
             if user.op != "call_function":
                 continue
-            size = _picked(user, node)
-            if size is not None:
-                smallest = size if smallest is None else min(size, smallest)
+            picked = _picked(user, node)
+            if picked is not None:
+                yield picked
             elif user not in seen and role_of(user).kind in _KEEPS_NUMBERS and user.meta.get("dtype") != torch.bool:
                 seen.add(user)
                 stack.append(user)
-    return smallest
 
 
-def _picked(call: fx.Node, index: fx.Node) -> int | None:
-    """The size of the axis along which `call` picks the places that `index` names; None where it is no index there."""
+def _picked(call: fx.Node, index: fx.Node) -> tuple[int, fx.Node] | None:
+    """The size of the axis along which `call` picks the places that `index` names, and from what; None where it does not."""
     bound = arguments(call)
     role = role_of(call)
     for name, value in bound.items():
@@ -75,7 +98,8 @@ def _picked(call: fx.Node, index: fx.Node) -> int | None:
             axis = bound.get("axis", bound.get("dim", 0))
             if isinstance(value, (list, tuple)):
                 axis = next(i for i, v in enumerate(value) if v is index)
-            return shape[axis] if isinstance(axis, int) and -len(shape) <= axis < len(shape) else None
+            known = isinstance(axis, int) and -len(shape) <= axis < len(shape)
+            return (shape[axis], data) if known and isinstance(data, fx.Node) else None
         if name == "depth" and role.name in ("one_hot", "OneHot") and bound.get("indices") is index:
             return None
     return None
@@ -94,7 +118,7 @@ def for_graph(graph: Graph, *, shapes: Mapping[str, Any] | None = None, batch: i
     for name in shapes:
         if name not in names:
             raise UsageError(f"--input {name}", "the model has no such input", "one of " + ", ".join(names))
-    rows = tables(graph)
+    rows, paddings = tables(graph), _paddings(graph)
     generator = torch.Generator().manual_seed(seed)
     error = ""
     tried = set[tuple[Shape, ...]]()
@@ -107,7 +131,10 @@ def for_graph(graph: Graph, *, shapes: Mapping[str, Any] | None = None, batch: i
             continue
         tried.add(chosen)
         state = generator.get_state()
-        values = tuple(_value(i, s, rows.get(i.name), generator) for i, s in zip(graph.inputs, chosen, strict=True))
+        values = tuple(
+            _value(i, s, rows.get(i.name), paddings.get(i.name, set()), generator)
+            for i, s in zip(graph.inputs, chosen, strict=True)
+        )
         failure = runs(graph, values)
         if failure is None:
             return values
@@ -228,13 +255,14 @@ def _filled(graph: Graph, shapes: Mapping[str, Any], sizes: Mapping[str, int], b
     return tuple(found)
 
 
-def _value(given: Input, shape: Shape, rows: int | None, generator: torch.Generator) -> Tensor:
+def _value(given: Input, shape: Shape, rows: int | None, paddings: set[int], generator: torch.Generator) -> Tensor:
     """One input. An integer that picks no row is a mask or a length: ones."""
     if rows is not None and "pos" in given.name.lower() and len(shape) > 0:
         # Any position would do as well; counted up they are what training sees.
         return (torch.arange(shape[-1]) % max(1, rows)).expand(shape).to(given.dtype).contiguous()
     if rows is not None:
-        return torch.randint(0, max(1, rows), shape, generator=generator).to(given.dtype)
+        places = torch.tensor([r for r in range(max(1, rows)) if r not in paddings] or [0])
+        return places[torch.randint(0, places.numel(), shape, generator=generator)].to(given.dtype)
     if given.dtype.is_floating_point and (len(shape) > 0 and math.prod(shape) > 0):
         return torch.randn(shape, generator=generator).to(given.dtype)
     return torch.ones(shape, dtype=given.dtype)

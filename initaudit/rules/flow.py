@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Shares of a second moment below this are float32 rounding of numbers that are equal: (2**-24)² times some summands.
 ROUNDING = 1e-13
+_PRODUCTS = ("mul", "multiply", "div", "true_divide")
 _FAR = 64  # nodes between the last linear operator and the output at most
 
 
@@ -116,6 +117,20 @@ class _Follow:
         others = [a for a in node.all_input_nodes if a is not sources[0]]
         return "computes" if kind == "pointwise" and all(self._number(a) for a in others) else "passes"
 
+    def _enlarged(self, node: fx.Node) -> bool:
+        """Whether one number multiplies the signal, a parameter for all that a file tells: what it makes larger is not lost.
+
+        A network of sines is drawn for the 30 in front of them (Sitzmann et al. 2020); a gate is there to make smaller.
+        """
+        from initaudit.graph.calls import role_of
+        from initaudit.graph.graph import shape_of
+
+        name = (role_of(node).name or getattr(node.target, "__name__", "")).lower()
+        if role_of(node).kind != "pointwise" or name not in _PRODUCTS or len(self.sources[node]) != 1:
+            return False
+        shapes = [shape_of(a) for a in node.all_input_nodes if a is not self.sources[node][0]]
+        return all(shape is not None and math.prod(shape) == 1 for shape in shapes)
+
     def _number(self, node: fx.Node) -> bool:
         constant = self.graph.constants.get(str(node.target)) if node.op == "get_attr" else None
         return constant is not None and constant.kind == "literal" and math.prod(constant.shape) == 1
@@ -152,6 +167,8 @@ class _Follow:
                 size[node.name], base[node.name] = 1.0, here.moment2
             elif step == "computes":
                 size[node.name] = size[source.name] * _ratio(here.moment2, before.moment2)
+            elif self._enlarged(node):
+                size[node.name] *= max(1.0, _ratio(here.moment2, before.moment2))
             # A mask of the lowest float is no growth: only what an operator computes from data is looked at.
             growth[node.name] = _ratio(here.moment2, _at_least_one(base[node.name]))
         return size, contrast, growth
@@ -208,7 +225,7 @@ class _Follow:
             return kept
         name = (role.name or getattr(user.target, "__name__", "")).lower()
         others = [a for a in user.all_input_nodes if a is not node]
-        factor = name in ("mul", "multiply", "div", "true_divide") and all(self._number(a) for a in others)
+        factor = name in _PRODUCTS and all(self._number(a) for a in others)
         if factor or (name in ("add", "add_", "sum", "sub") and len(self.sources[user]) > 1):
             return max(kept, _ratio(_norm2(here), _norm2(there)))
         return kept

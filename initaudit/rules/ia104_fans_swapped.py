@@ -57,7 +57,7 @@ class FansSwapped(Rule):
         # A weight that another place reads along its second axis, as of a tied autoencoder, is right for that one.
         both = {x.tensor for x in evidence.layers if tuple(x.pair.axes) != ("i", "o")}
         judged = [x for x in fresh_layers(evidence, "contraction") if x.tensor not in both]
-        found = [(x, law) for x in judged if (law := _swapped(x, self.limit(evidence, "fans")))]
+        found = [(x, law) for x in judged if (law := _swapped(evidence, x, self.limit(evidence, "fans")))]
         found = [(x, law) for x, law in found if plain(x) and not normalised(x)]
         if not found:
             return
@@ -92,7 +92,7 @@ class FansSwapped(Rule):
         return (example("x @ W, initialised as stored", lambda: _products(transposed=False)),)
 
 
-def _swapped(layer: LayerEvidence, apart: float) -> str:
+def _swapped(evidence: Evidence, layer: LayerEvidence, apart: float) -> str:
     """The law that fits with the fans swapped and not as they are, "" for none."""
     pair, error, variance = layer.pair, error_of(layer), layer.moments.variance
     if tuple(pair.axes) != ("i", "o") or not math.isfinite(error) or not variance > 0:
@@ -100,6 +100,10 @@ def _swapped(layer: LayerEvidence, apart: float) -> str:
     if abs(math.log(pair.fan_in / pair.fan_out)) < math.log(apart):
         return ""
     known = [c / pair.fan_in for c in _LAWS.values()] + [2 / (pair.fan_in + pair.fan_out)]
+    # A part of a packed matrix was drawn with the fans of the whole: Xavier over (d, 3d) is LeCun over 2d, keys and values.
+    array = evidence.checkpoint.arrays.get(layer.tensor)
+    if array is not None and not pair.stored and len(array.shape) == 2:
+        known.append(2 / sum(array.shape))
     if any(abs(variance / v - 1) < SIGMAS * error for v in known):
         return ""
     return next((name for name, c in _LAWS.items() if abs(variance * pair.fan_out / c - 1) < SIGMAS * error), "")
