@@ -18,8 +18,6 @@ from initaudit.rules.structure import reading_inputs
 from initaudit.rules.support import chain, normalised, view
 
 if TYPE_CHECKING:
-    from torch import fx
-
     from initaudit.config import Config
 
 Level = Literal["", "warning", "error"]
@@ -72,8 +70,7 @@ def limits_of(config: Config) -> Limits:
 class Health:
     """Ratios of second moments at their worst, and the level of harm of each; `layers` are what they were measured over.
 
-    `growth` is the largest of any layer, `reaching` that of the signal which the output's layer reads, `depth` how many of the
-    layers stand in series.
+    `growth` is the largest of any layer, `reaching` that of the signal which the output's layer reads.
     """
 
     layers: tuple[LayerEvidence, ...]
@@ -87,7 +84,6 @@ class Health:
     worst_growth: LayerEvidence | None = None
     worst_gradient_growth: LayerEvidence | None = None
     limits: Limits = Limits()
-    depth: int = 0
 
     @property
     def vanishing(self) -> Level:
@@ -107,7 +103,7 @@ class Health:
     @property
     def gradient_growing(self) -> Level:
         """How badly the gradient grows on its way back, by its size and by its rate."""
-        slow = self.gradient_growth < RATE**self.depth
+        slow = self.gradient_growth < RATE ** len(self.layers)
         return above(self.gradient_growth / (SLOWLY if slow else 1.0), self.limits.gradient_growth)
 
     @property
@@ -182,14 +178,4 @@ def health(evidence: Evidence) -> Health:
         size[1],
         backwards[1],
         limits,
-        _in_series(evidence, layers),
     )
-
-
-def _in_series(evidence: Evidence, layers: list[LayerEvidence]) -> int:
-    """The most layers that any way from input to output passes through."""
-    at = {p.node for x in layers for p in x.pairs}
-    depth: dict[fx.Node, int] = {}
-    for node in view(evidence).nodes.values():
-        depth[node] = max((depth[a] for a in node.all_input_nodes), default=0) + (node.name in at)
-    return max(depth.values(), default=0)
