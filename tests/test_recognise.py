@@ -182,3 +182,31 @@ def test_subnormal_float16():
     result = recognise(observe(values), site)
     assert result.schemes
     assert all(f.name.startswith("normal") for f in result.schemes)
+
+
+def hadamard(n):
+    h = np.ones((1, 1))
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    return h
+
+
+RNG = np.random.default_rng(0)
+# What docs/methods/README.md says of schemes that the catalogue does not name.
+UNNAMED = {
+    "SIREN, w0 = 10": (RNG.uniform(-1, 1, (256, 256)) * math.sqrt(6 / 256) / 10, "init", "uniform("),
+    "DeepNorm, encoder": (RNG.normal(0, 0.87 * (6**4 * 6) ** (-1 / 16) / math.sqrt(512), (512, 512)), "init", "normal("),
+    "T5, positions": (RNG.normal(0, 512**-0.5, (32, 8)), "unknown", ""),
+    "Mamba, A_log": (np.log(np.tile(np.arange(1, 17), (128, 1))), "trained", None),
+    "ZerO, wider": (2**-3.5 * hadamard(128)[:, :64], "init", "orthogonal(1)"),
+    "ZerO, narrower": (np.eye(64, 128), "init", "identity"),
+}
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_schemes_that_the_catalogue_does_not_name(name):
+    values, verdict, first = UNNAMED[name]
+    found = recognise(observe(values.astype(np.float32)), site_of(values.shape, LINEAR))
+    assert found.verdict == verdict
+    assert bool(found.schemes) == (first is not None)
+    assert not first or found.schemes[0].name.startswith(first)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from initaudit.load.checkpoint import Array
 from initaudit.measure.blocks import distinct
+from initaudit.measure.moments import Moments
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, mlp
 from initaudit.rules.remedy import reset_line
@@ -16,10 +19,11 @@ from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.support import initial
 
 # Values of a drawn or trained weight lie within a few powers of ten of each other. Arbitrary bytes are spread evenly over the
-# exponents: a fifth of float32 lies above 1e23, as much below 1e-23. One in fifty on either side at once is far from both.
+# exponents: a fifth of float32 lies above 1e23, as much below 1e-23; of float16 a sixth above 4096, a tenth below 2.4e-4, which
+# are 7 decades apart. One in fifty on either side at once is far from both.
 _BOTH = 0.02
 _TYPES = ("float16", "float32", "float64", "bfloat16")
-_LIMITS, _LIMITS_OF_HALF = (1e6, 1e-6), (512.0, 2e-3)
+_LIMITS, _LIMITS_OF_HALF = (1e6, 1e-6), (4096.0, 2.4e-4)
 _SAMPLE = 1 << 16
 # Bits 6 to 15 of a float32 that was drawn or trained are ones half of the time, or less often where values were rounded. Those
 # below may repeat the bound's where a uniform law is made of 24 random bits: bit b in a share of 2^-b of the values.
@@ -37,14 +41,17 @@ _SIDES = 0.25  # of the values, on either side at least
 # The smallest standard deviation in use is 1e-10. Integers below two million are subnormal float32, 3e-39 at most; a bias or a
 # scale that weight decay has worn down to this is left to the rules about trained networks.
 _NOTHING = 1e-30
+# Of one parity nearly all, of the other nearly none; by chance, of so many values, never.
+_EVERY, _ADDRESSES = 0.8, 64
 
 
 class UninitialisedMemory(Rule):
     """The exponents of the values are spread as arbitrary bytes are, not as any distribution is.
 
-    What it does: counts values above a million and nonzero values below a millionth (above 512 and below 0.002 in float16)
+    What it does: counts values above a million and nonzero values below a millionth (above 4096 and below 0.00024 in float16)
     where both occur in one tensor, together with what is not finite; reports tensors without one value above 1e-30, which is
-    what integers look like when they are read as numbers; and looks at bits 6 to 15 of float32 values, which are ones
+    what integers look like when they are read as numbers, and fresh ones of which a fiftieth is so small, or where every second
+    value is, as of addresses; and looks at bits 6 to 15 of float32 values, which are ones
     in half of the values of any draw and any training, and have a pattern in text and in numbers of another type. Where float16
     values lie on both sides of zero and none comes near it, they are the bits of bfloat16.
 
@@ -93,31 +100,38 @@ class UninitialisedMemory(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for each tensor."""
-        usual = self.limit(evidence, "large"), self.limit(evidence, "small")
-        limits = {"float16": (self.limit(evidence, "large-half"), self.limit(evidence, "small-half"))}
-        bit, gap = self.limit(evidence, "bit"), self.limit(evidence, "gap")
         for name, moments in evidence.tensors.items():
             array = evidence.checkpoint.arrays.get(name)
             if array is None or array.dtype not in _TYPES or moments.size < 16:
                 continue
-            large, small = limits.get(array.dtype, usual)
-            largest = max(abs(moments.min), abs(moments.max)) if moments.count else 0.0
-            if 0 < largest < self.limit(evidence, "least") and moments.min != moments.max and initial(evidence):
-                yield self._integers(evidence, name, largest)
-                continue
-            if not (moments.nan or moments.inf or largest > large):
-                if moments.count < _FEWEST or abs(moments.mean) >= moments.std:
-                    continue
-                if array.dtype == "float32":
-                    yield from self._patterns(evidence, name, _low_bits(array.read(), bit))
-                elif array.dtype == "float16":
-                    yield from self._gap(evidence, name, _free_of_zero(array.read(), gap))
-                continue
-            above, below = _shares(array.read(), large, small)
-            if min(above, below) < self.limit(evidence, "share"):
-                if array.dtype == "float32" and moments.count >= _FEWEST:
-                    yield from self._patterns(evidence, name, _low_bits(array.read(), bit))
-                continue
+            yield from itertools.islice(self._one(evidence, name, array, moments), 1)
+
+    def _one(self, evidence: Evidence, name: str, array: Array, moments: Moments) -> Iterator[Finding]:
+        """What speaks for arbitrary bytes, in the order of cost."""
+        large, small = self.limit(evidence, "large"), self.limit(evidence, "small")
+        if array.dtype == "float16":
+            large, small = self.limit(evidence, "large-half"), self.limit(evidence, "small-half")
+        least = self.limit(evidence, "least")
+        largest = max(abs(moments.min), abs(moments.max)) if moments.count else 0.0
+        if 0 < largest < least and moments.min != moments.max and initial(evidence):
+            yield self._integers(evidence, name, largest)
+        far = bool(moments.nan or moments.inf) or largest > large
+        if far:
+            yield from self._spread(evidence, name, array, large, small)
+        if array.dtype != "float16" and largest >= least:
+            yield from self._tiny(evidence, name, array)
+        if moments.count < _FEWEST or not (far or abs(moments.mean) < moments.std):
+            return
+        if array.dtype == "float32":
+            yield from self._patterns(evidence, name, _low_bits(array.read(), self.limit(evidence, "bit")))
+        elif array.dtype == "float16" and not far:
+            gap = self.limit(evidence, "gap")
+            yield from self._gap(evidence, name, _free_of_zero(array.read(), gap), gap)
+
+    def _spread(self, evidence: Evidence, name: str, array: Array, large: float, small: float) -> Iterator[Finding]:
+        above, below = _shares(array.read(), large, small)
+        if min(above, below) >= self.limit(evidence, "share"):
+            moments = evidence.tensors[name]
             yield self._about(
                 evidence,
                 name,
@@ -128,6 +142,22 @@ class UninitialisedMemory(Rule):
                 measured=above,
                 expected=0.0,
                 law=EXACT + "a law of one scale has such values on one side at most",
+            )
+
+    def _tiny(self, evidence: Evidence, name: str, array: Array) -> Iterator[Finding]:
+        least = self.limit(evidence, "least")
+        share, alternate = _below(array.read(), least)
+        if alternate or (share >= self.limit(evidence, "share") and initial(evidence)):
+            yield self._about(
+                evidence,
+                name,
+                f"{100 * share:.0f} % of the values are below {least:.2g} and not zero"
+                + (", every second one" if alternate else "")
+                + ": no initialization gives such numbers, integers and addresses that are read as numbers do, so the layer "
+                "computes with noise of an arbitrary scale",
+                measured=share,
+                expected=0.0,
+                law=EXACT + "the smallest size of a value that any scheme draws",
             )
 
     def _about(self, evidence: Evidence, name: str, message: str, **facts: Any) -> Finding:
@@ -152,20 +182,22 @@ class UninitialisedMemory(Rule):
             standard_errors=errors,
         )
 
-    def _gap(self, evidence: Evidence, name: str, least: float | None) -> Iterator[Finding]:
+    def _gap(self, evidence: Evidence, name: str, least: float | None, gap: float) -> Iterator[Finding]:
         if least is None:
             return
+        # Of _FEWEST values of a uniform law those within `gap` root mean squares of zero.
+        expected = _FEWEST * min(gap, 1.0) / math.sqrt(3)
         yield self._about(
             evidence,
             name,
             f"of {_FEWEST} values on both sides of zero none is smaller than {least:.2g} of their root mean square; of a draw, "
-            f"or after training, at least {_expected():.0f} are below {_GAP:.2g} of it, and none at all is "
-            f"{math.sqrt(_expected()):.0f} standard errors fewer: these are bfloat16 numbers that are read as float16, all "
+            f"or after training, at least {expected:.0f} are below {gap:.2g} of it, and none at all is "
+            f"{math.sqrt(expected):.0f} standard errors fewer: these are bfloat16 numbers that are read as float16, all "
             "of one size, so the layer computes with signs alone",
             measured=least,
-            expected=_GAP,
+            expected=gap,
             law="no law is thinner at zero than a uniform one",
-            standard_errors=math.sqrt(_expected()),
+            standard_errors=math.sqrt(expected),
         )
 
     def _integers(self, evidence: Evidence, name: str, largest: float) -> Finding:
@@ -196,6 +228,8 @@ class UninitialisedMemory(Rule):
             example("text", lambda: mlp(64, 96, 64, change=_text)),
             example("bfloat16 bits read as float16", _other_half),
             example("indices", lambda: mlp(32, 64, 64, 5, change=_indices)),
+            example("written by half, the rest indices", lambda: mlp(32, 64, 64, 5, change=_half_written)),
+            example("addresses", lambda: mlp(32, 64, 64, 5, change=_addresses)),
         )
 
 
@@ -221,15 +255,23 @@ def _low_bits(values: np.ndarray[Any, Any], often: float) -> tuple[int, float] |
     return (int(_BITS[most]), float(shares[most])) if shares[most] > often else None
 
 
-def _expected() -> float:
-    """Of _FEWEST values of a uniform law those within _GAP root mean squares of zero."""
-    return _FEWEST * _GAP / math.sqrt(3)
+def _below(values: np.ndarray[Any, Any], least: float) -> tuple[float, bool]:
+    """The share of nonzero values below `least`, and whether they are every second one.
+
+    The upper halves of 64-bit addresses are; what decays to nothing in training does so by units or by inputs.
+    """
+    picked = _picked(values) if values.size >= _FEWEST else values.reshape(-1)
+    with np.errstate(invalid="ignore"):  # arbitrary bytes are also signalling NaNs
+        size = np.abs(picked.astype(np.float64))
+    tiny = (size < least) & (size > 0)
+    odd, even = float(tiny[1::2].mean()), float(tiny[::2].mean())
+    return float(tiny.mean()), max(odd, even) > _EVERY and min(odd, even) < 1 - _EVERY and picked.size >= _ADDRESSES
 
 
 def _picked(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """_FEWEST values in runs from all over the tensor."""
     flat = values.reshape(-1)
-    starts = np.linspace(0, flat.size - _FEWEST // 16, 16).astype(np.int64)
+    starts = np.linspace(0, flat.size - _FEWEST // 16, 16).astype(np.int64) // 2 * 2
     return np.concatenate([flat[s : s + _FEWEST // 16] for s in starts])
 
 
@@ -289,3 +331,17 @@ def _indices(model: Any) -> None:
 
     weight = model[2].weight
     weight.copy_(torch.randint(0, 50_000, tuple(weight.shape)).to(torch.int32).view(torch.float32))
+
+
+def _half_written(model: Any) -> None:
+    import torch
+
+    weight = model[2].weight
+    weight[32:] = torch.randint(0, 50_000, (32, weight.shape[1])).to(torch.int32).view(torch.float32)
+
+
+def _addresses(model: Any) -> None:
+    import torch
+
+    weight = model[2].weight
+    weight.copy_((0x7F2A_3B00_0000 + 16 * torch.randint(0, 2**20, (weight.numel() // 2,))).view(torch.float32).view_as(weight))
