@@ -274,7 +274,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("positive mean", ("IA102", "IA107", "IA302", "IA307"), _fill(lambda w: w + 2 * w.std()), "mean"),
     Fault("cloned layer", ("IA203",), _clone),
     Fault("dead biases", ("IA111", "IA305"), _biases),
-    Fault("half overflow", ("IA102", "IA108", "IA302", "IA402"), _fill(_overflow)),
+    Fault("half overflow", ("IA102", "IA108", "IA302", "IA401", "IA402"), _fill(_overflow)),
     Fault("zeros in series", ("IA201", "IA207", "IA311"), _series),
     Fault("swapped fans", (*_UP, *_DOWN), _fans, "follows"),
     Fault("forgotten layer", (*_UP, *_DOWN), _forgotten, "follows"),

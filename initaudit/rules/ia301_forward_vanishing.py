@@ -52,7 +52,7 @@ class ForwardVanishing(Rule):
             f"layers (1 would keep it, healthy networks keep more than 0.01); the weights of {names(small)} are small for "
             "their "
             "activations, and the last layers learn nothing about the inputs" + rate(evidence, "signal_loss", state.signal),
-            init_line(small[0]),
+            init_line(*small),
             severity=level,
             measured=state.signal,
             expected=1.0,

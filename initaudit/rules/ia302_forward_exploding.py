@@ -10,7 +10,7 @@ from initaudit.rules.examples import convs, example, mlp
 from initaudit.rules.health import GROWTH, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, initial, power, rate, view
+from initaudit.rules.support import fields, initial, off_scale, power, rate, view
 
 
 class ForwardExploding(Rule):
@@ -51,7 +51,7 @@ class ForwardExploding(Rule):
             "networks stay below 10); the first steps of any optimizer overshoot, and half precision overflows"
             + (f"; {root.tensor} alone does it" if alone else "")
             + rate(evidence, "signal_growth", state.growth),
-            init_line(root),
+            init_line(*([alone] if alone else off_scale(state.layers, large=True) or [root])),
             severity=state.growing,
             measured=state.growth,
             expected=1.0,

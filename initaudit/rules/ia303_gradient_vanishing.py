@@ -10,7 +10,7 @@ from initaudit.rules.examples import example, mlp, residual
 from initaudit.rules.health import GRADIENT, below, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import activation_of, fields, initial, power, rate, view
+from initaudit.rules.support import activation_of, fields, initial, off_scale, power, rate, view
 
 
 class GradientVanishing(Rule):
@@ -53,7 +53,7 @@ class GradientVanishing(Rule):
             "values, as SGD cannot move them and Adam amplifies rounding errors"
             + (f"; {root.tensor} alone does it" if alone else "")
             + rate(evidence, "gradient_loss", state.gradient),
-            init_line(root),
+            init_line(*([alone] if alone else off_scale(state.layers, large=False) or [root])),
             severity=level,
             measured=state.gradient,
             expected=1.0,

@@ -10,7 +10,7 @@ from initaudit.rules.examples import example, mlp, residual
 from initaudit.rules.health import GRADIENT_GROWTH, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import fields, initial, power, rate, view
+from initaudit.rules.support import fields, initial, off_scale, power, rate, view
 
 
 class GradientExploding(Rule):
@@ -51,7 +51,7 @@ class GradientExploding(Rule):
             "networks stay below 100): no learning rate fits both, and one step at a usual one destroys the first layers"
             + (f"; {root.tensor} alone does it" if alone else "")
             + rate(evidence, "gradient_growth", state.gradient_growth),
-            init_line(root),
+            init_line(*([alone] if alone else off_scale(state.layers, large=True) or [root])),
             severity=level,
             measured=state.gradient_growth,
             expected=1.0,

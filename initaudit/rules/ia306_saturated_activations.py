@@ -59,11 +59,13 @@ class SaturatedActivations(Rule):
             return
         layer, slope, always = found[0]
         yield self.finding(
-            f"the {layer.feeds[0].activation.name} behind {layer.tensor} has {slope:.2g} of its steepest slope (root mean "
-            "square; 0.7 for "
-            f"inputs of N(0, 1)), {100 * always:.0f} % of its units are flat for every input; {slope**2:.1g} of the "
-            "gradient's power passes" + (f" each of {len(found)} such layers" if len(found) > 1 else ""),
-            init_line(layer),
+            f"the {layer.feeds[0].activation.name} behind {layer.tensor} works in its flat part: {slope:.2g} of its steepest "
+            "slope (root mean square; 0.7 for inputs of N(0, 1))"
+            + (f", and {100 * always:.0f} % of its units are flat for every input" if always > 0 else "")
+            + f"; {slope**2:.1g} of the gradient's power passes"
+            + (f" each of {len(found)} such layers" if len(found) > 1 else "")
+            + ", so what stands before learns slowly",
+            init_line(*(x for x, _, _ in found)),
             severity="error" if always > self.limit(evidence, "always") else "warning",
             measured=slope,
             expected=0.7,

@@ -61,12 +61,10 @@ class InputsCollapse(Rule):
         found = "nothing" if constant else power(state.contrast)
         where = f"it is lost in {small[0].tensor}" if alone else f"{names(small, 3)} have small weights"
         yield self.finding(
-            f"of the difference between inputs {found} is left after {len(state.layers)} layers, relative to what they "
-            "have in common (healthy "
-            f"networks keep more than 0.02; {where}): the network starts as a constant, and "
-            "all examples ask "
-            "for the same change",
-            init_line(small[0]),
+            f"all inputs give {'the same' if constant else 'nearly the same'} output: of what tells them apart {found} is left "
+            f"after {len(state.layers)} layers, relative to what they have in common (healthy networks keep more than 0.02); "
+            f"{where}; the network starts as a constant, and all examples ask for the same change",
+            init_line(*small),
             severity="warning" if _undone(evidence.trace) else "error" if constant else level or "warning",
             measured=0.0 if constant else state.contrast,
             expected=1.0,

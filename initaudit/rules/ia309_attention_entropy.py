@@ -63,9 +63,10 @@ class AttentionEntropy(Rule):
         large = [x for x in layers if _excess(x) > _LARGE]
         entropy = sharp[0].entropy or 0.0
         where: dict[str, Any] = fields(layers[0]) if layers else {"site": sharp[0].node}
+        many = "an attention" if len(sharp) == 1 else f"{len(sharp)} attentions"
         yield self.finding(
-            f"{len(sharp)} attentions are nearly one-hot: the rows of the first have {100 * entropy:.0f} % of the entropy of "
-            f"uniform ones; {_why(evidence, layers, large)}; "
+            f"the rows of {many} are nearly one-hot: {100 * entropy:.0f} % of the entropy of uniform ones"
+            f"{' in the first' if len(sharp) > 1 else ''}; {_why(evidence, layers, large)}; "
             "queries and keys get almost no gradient through a softmax that has decided",
             init_line(large[0])
             if large

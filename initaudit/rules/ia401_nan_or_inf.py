@@ -84,7 +84,7 @@ class NanOrInf(Rule):
         root = fields(large[0]) if large else {"site": location.site, "location": location}
         cause = f"{large[0].tensor} has {power(ratio_of(large[0]) or 0)} times the variance it needs; " if large else ""
         yield self.finding(
-            f"the {what} is not finite from {location.site or place} on, although every weight is; {cause}"
+            f"the {what} is not finite from {location.site or place} on, although all weights are finite; {cause}"
             + ("the probe's inputs may be outside of what the model takes" if early else "after one step no weight is finite"),
             "initaudit.audit(model, inputs)  # a batch of real inputs; --data on the command line"
             if early

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -175,6 +175,12 @@ def ratio_of(layer: LayerEvidence) -> float | None:
     if exact is None or not exact > 0 or not math.isfinite(layer.moments.variance):
         return None
     return layer.moments.variance / exact
+
+
+def off_scale(layers: Sequence[LayerEvidence], *, large: bool) -> list[LayerEvidence]:
+    """The layers whose variance is above (or below) that which keeps a signal, each weight once: what a remedy draws again."""
+    found = {x.tensor: x for x in layers if (ratio := ratio_of(x)) is not None and (ratio > 1.5 if large else ratio < 1 / 1.5)}
+    return list(found.values())
 
 
 def sigmas(layer: LayerEvidence, expected: float) -> float:
