@@ -4,7 +4,7 @@
     python benchmarks/speed.py                          # everything; the disk part writes 10 GB and deletes them
     python benchmarks/speed.py pass startup             # some parts
 
-Parts: pass, variants, threads, startup, memory, disk, growth, whole. One thread an operation throughout.
+Parts: pass, variants, threads, startup, memory, disk, growth, whole, peers. One thread an operation throughout.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from speed_peers import commands
 
 # Read when numpy and torch are imported, so that they have to be there before.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -44,20 +46,20 @@ def medians(runs: Runs, rounds: int) -> dict[str, float]:
 
 
 def write(path: Path, shape: tuple[int, ...], count: int, dtype: str, seed: int = 0) -> int:
-    """A safetensors file of `count` matrices of normal values; returns its bytes."""
-    values = np.random.default_rng(seed).normal(0, 0.02, shape).astype(np.float32)
-    data = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes() if dtype == "BF16" else values.tobytes()
+    """A safetensors file of `count` matrices of normal values, each drawn anew; returns its bytes."""
+    generator = np.random.default_rng(seed)
+    size = math.prod(shape) * (2 if dtype == "BF16" else 4)
     header: dict[str, object] = {}
     for i in range(count):
-        offsets = [i * len(data), (i + 1) * len(data)]
+        offsets = [i * size, (i + 1) * size]
         header[f"layers.{i // 4}.m{i % 4}.weight"] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for i in range(count):
-            # Tensors that begin differently, so that no rule takes them for copies.
-            file.write(data[2048 * (i % 512) :] + data[: 2048 * (i % 512)])
+        for _ in range(count):
+            values = np.float32(0.02) * generator.standard_normal(shape, np.float32)
+            file.write((values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else values)
     return path.stat().st_size
 
 
@@ -88,16 +90,13 @@ def one_pass(folder: Path, quick: bool) -> None:
         }
         found = medians(runs, 3 if quick else 9)
         for name, seconds in found.items():
-            print(f"pass      {dtype:5}{name:28}{size / seconds / 1e9:7.2f} GB/s{found[runs_first(runs)] / seconds:8.2f} x")
-
-
-def runs_first(runs: Runs) -> str:
-    """The name of the run that the others are compared with."""
-    return next(iter(runs))
+            print(f"pass      {dtype:5}{name:28}{size / seconds / 1e9:7.2f} GB/s{found[next(iter(runs))] / seconds:8.2f} x")
 
 
 def variants(folder: Path, quick: bool) -> None:
     """Bytes a second of other types, shapes and values, as shares of those of a bfloat16 matrix."""
+    import torch
+
     from initaudit.measure.moments import measure
     from initaudit.measure.units import as_matrix, measure_units
 
@@ -121,29 +120,44 @@ def variants(folder: Path, quick: bool) -> None:
         name: (lambda a=a: measure(a)) if a.ndim == 1 else (lambda a=a: measure_units(as_matrix(a)))
         for name, a in arrays.items()
     }
-    tiny = [plain[:16, i : i + 16].copy() for i in range(0, 4000 if quick else 10_000)][:10_000]
-    tiny = [tiny[i % len(tiny)] for i in range(10_000)]
+    tiny = [plain[:16, i % 4000 : i % 4000 + 16].copy() for i in range(10_000)]
     runs["ten thousand of 16x16"] = lambda: [measure_units(a) for a in tiny]
     found = medians(runs, 3 if quick else 7)
     sizes = {**{name: a.nbytes for name, a in arrays.items()}, "ten thousand of 16x16": 10_000 * 1024}
     main = sizes["bfloat16"] / found["bfloat16"]
     for name, seconds in found.items():
         print(f"variants  {name:28}{sizes[name] / seconds / main:8.2f} of the bytes a second of bfloat16")
+    tensors = [torch.from_numpy(a) for a in tiny]
+    each = medians({"": lambda: [torch.std_mean(t) for t in tensors]}, 3)[""]
+    print(f"variants  {'ten thousand of 16x16':28}{each / found['ten thousand of 16x16']:8.2f} x torch.std_mean of each")
 
 
 def threads(folder: Path, quick: bool) -> None:
-    """A whole static audit with --jobs 2 against one thread."""
+    """The pass over the tensors, and a whole static audit, by two threads against one."""
     from initaudit import audit
+    from initaudit.auditing.tensors import side_by_side
+    from initaudit.load import load
+    from initaudit.measure.units import measure_units
 
     path = folder / "threads.safetensors"
-    write(path, (2048, 4096), 8 if quick else 32, "BF16")
-    found = medians({"1": lambda: audit(path), "2": lambda: audit(path, config={"jobs": 2})}, 3 if quick else 5)
-    print(f"threads   --jobs 2 on {os.cpu_count()} cores{'':18}{found['1'] / found['2']:8.2f} x")
+    write(path, (4096, 4096), 8, "BF16")
+    arrays = list(load(path).arrays.values())
+
+    def passes(jobs: int) -> None:
+        for _ in side_by_side(lambda array: measure_units(array.read()), arrays, jobs):
+            pass
+
+    for name, run in (("the pass", passes), ("audit, --jobs", lambda jobs: audit(path, config={"jobs": jobs}))):
+        found = medians({"1": partial(run, 1), "2": partial(run, 2)}, 3 if quick else 7)
+        print(f"threads   {name:16} 2 on {os.cpu_count()} cores{'':13}{found['1'] / found['2']:8.2f} x")
 
 
 def command(*arguments: str) -> Callable[[], object]:
-    """A run of this interpreter."""
-    return lambda: subprocess.run([sys.executable, *arguments], capture_output=True, check=False, timeout=600)
+    """A run of this interpreter, after one by which the code is compiled, as it is for whoever has installed it."""
+    compiling = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    run = partial(subprocess.run, [sys.executable, *arguments], capture_output=True, check=False, timeout=600, env=compiling)
+    run()
+    return run
 
 
 def startup(folder: Path, quick: bool) -> None:
@@ -175,7 +189,7 @@ def startup(folder: Path, quick: bool) -> None:
     for runs, rounds in ((bare, 5 if quick else 15), (torch, 3 if quick else 7)):
         found = medians(runs, rounds)
         for name, seconds in found.items():
-            print(f"startup   {name:33}{seconds / found[runs_first(runs)]:8.2f} of {runs_first(runs)}")
+            print(f"startup   {name:33}{seconds / found[next(iter(runs))]:8.2f} of {next(iter(runs))}")
 
 
 def memory(folder: Path, quick: bool) -> None:
@@ -282,6 +296,24 @@ def print_growth(name: str, sizes: list[int], seconds: list[float], work: list[i
     print(f"growth    {name:18}exponent {slope:5.2f}   {ratios}")
 
 
+def peers(folder: Path, quick: bool) -> None:
+    """Whole commands of other tools on the same checkpoint, where INITAUDIT_PEERS names an interpreter that has them."""
+    path = folder / "peers.safetensors"
+    size = write(path, (1024, 1024) if quick else (2048, 2048), 8, "F32")
+    here = str(path)
+    runs = {"initaudit": command("-m", "initaudit", "--no-cache", here)}
+    for name, arguments in commands(here).items():
+        run = partial(subprocess.run, arguments, capture_output=True, check=False, timeout=600, text=True)
+        first = run()
+        if first.returncode:
+            print(f"peers     {name:40}cannot be run: {(first.stderr.strip().splitlines() or ['?'])[-1][:100]}")
+        else:
+            runs[name] = run
+    found = medians(runs, 3)
+    for name, seconds in found.items():
+        print(f"peers     {name:40}{seconds / found['initaudit']:8.1f} times initaudit's time for {size / 1e6:.0f} MB")
+
+
 def whole(folder: Path, quick: bool) -> None:
     """Seconds by stage of whole audits, as shares of one forward and backward pass over the probe's batch."""
     import torch
@@ -353,6 +385,7 @@ PARTS: dict[str, Callable[[Path, bool], None]] = {
     "disk": disk,
     "growth": growth,
     "whole": whole,
+    "peers": peers,
 }
 
 

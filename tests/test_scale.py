@@ -65,6 +65,35 @@ def test_a_static_audit_loads_no_torch(tmp_path):
     assert run("import torch; " + STATIC + LOADED, str(path)) == "['torch']"
 
 
+SMALL = """
+import sys, numpy as np, onnx
+from onnx import helper, numpy_helper
+weights = {"k": (8, 3, 3, 3), "w0": (32, 32), "b0": (32,), "w1": (32, 10)}
+given = [numpy_helper.from_array(np.random.default_rng(0).normal(0, 0.2, s).astype(np.float32), n) for n, s in weights.items()]
+nodes = [
+    helper.make_node("Conv", ["x", "k"], ["c"], pads=[1, 1, 1, 1]),
+    helper.make_node("Relu", ["c"], ["r"]),
+    helper.make_node("MaxPool", ["r"], ["m"], kernel_shape=[4, 4], strides=[4, 4]),
+    helper.make_node("Flatten", ["m"], ["f"]),
+    helper.make_node("Gemm", ["f", "w0", "b0"], ["g"]),
+    helper.make_node("Tanh", ["g"], ["t"]),
+    helper.make_node("MatMul", ["t", "w1"], ["y"]),
+]
+x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, s) for n, s in (("x", ["n", 3, 8, 8]), ("y", ["n", 10])))
+onnx.save(helper.make_model(helper.make_graph(nodes, "small", [x], [y], given)), sys.argv[1])
+from initaudit import audit
+assert audit(sys.argv[1]).risk["untrainable"]
+"""
+HEAVY = "print([m for m in ('sympy', 'torch._dynamo', 'torch._inductor') if m in sys.modules])"
+
+
+def test_a_small_graph_is_probed_without_torchs_compiler(tmp_path):
+    """Symbolic shapes and the compiler take longer to import than all of such an audit."""
+    path = str(tmp_path / "small.onnx")
+    assert run(SMALL + HEAVY, path) == "[]"
+    assert run("import sympy\n" + SMALL + HEAVY, path) == "['sympy']"
+
+
 def test_tensors_side_by_side_give_the_same_report(tmp_path):
     """Threads over the tensors of one model, ones that are damaged and cut off among them."""
     rng = np.random.default_rng(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,7 +34,8 @@ class Use:
 
 
 @lru_cache(maxsize=4096)
-def _role(target: Any) -> Role:
+def role_for(target: Any) -> Role:
+    """The role of what a call calls."""
     if isinstance(target, torch._ops.OpOverload):
         return aten_role(target)
     if target is operator.getitem:
@@ -48,7 +49,7 @@ def _role(target: Any) -> Role:
 
 def role_of(node: fx.Node) -> Role:
     """The role of a call; a placeholder or a constant generates its value."""
-    return _role(node.target) if node.op == "call_function" else Role("generator")
+    return role_for(node.target) if node.op == "call_function" else Role("generator")
 
 
 @lru_cache(maxsize=4096)
@@ -71,11 +72,16 @@ def _parameters(target: Callable[..., Any]) -> tuple[tuple[str, ...], str | None
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by parameter name; those left to their default are absent."""
-    names, variadic = _parameters(node.target)
-    bound: dict[str, Any] = dict(zip(names, node.args, strict=False))
+    return bind(node.target, node.args, node.kwargs)
+
+
+def bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """These arguments of a target by parameter name."""
+    names, variadic = _parameters(target)
+    bound: dict[str, Any] = dict(zip(names, args, strict=False))
     if variadic is not None:
-        bound[variadic] = list(node.args[len(names) :])
-    bound.update(node.kwargs)
+        bound[variadic] = list(args[len(names) :])
+    bound.update(kwargs)
     return bound
 
 

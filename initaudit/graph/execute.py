@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 from initaudit.errors import InitauditError, LimitExceeded
-from initaudit.graph.calls import role_of, signal_inputs
+from initaudit.graph.calls import bind, role_for, role_of, signal_inputs
 from initaudit.graph.graph import Constant, Graph
+from initaudit.graph.stand_in import ALL_WORK, WORK, stand_in, tensors_in, without_numbers, work_of
 from initaudit.onnx_ops import activation, registry
 
 _SMALL = 64  # elements: as many numbers as steer an operator at most
@@ -60,6 +61,7 @@ class MetaExecutor(Executor):
     def __init__(self, graph: Graph) -> None:
         super().__init__(graph)
         self.host: dict[fx.Node, torch.Tensor] = {}
+        self._work = 0.0  # of the runs on zeros so far
         self._steering = {str(n.target) for n in _steering(graph.fx) if n.op == "get_attr"}
         self._steering &= {key for key, c in graph.constants.items() if math.prod(c.shape) <= _SMALL}
 
@@ -70,10 +72,18 @@ class MetaExecutor(Executor):
         return constant.value()
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not any(t.is_meta for t in tensors_in((args, kwargs))) or not callable(target):
+            return super().call_function(target, args, kwargs)
         # torch's own rules for the shape of some activations import its compiler, which takes seconds.
         alone = len(args) == 1 and isinstance(args[0], torch.Tensor) and args[0].is_meta and args[0].is_floating_point()
         if alone and getattr(target, "__module__", "") == activation.__name__ and registry.role_of(target).kind == "pointwise":
-            return torch.empty_like(args[0])
+            return without_numbers(args[0])
+        work = work_of(role_for(target), bind(target, args, kwargs))
+        if work <= WORK and self._work + work <= ALL_WORK:
+            self._work += work
+            made = stand_in(target, args, kwargs)
+            if made is not None:
+                return made
         return super().call_function(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:

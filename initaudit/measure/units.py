@@ -74,8 +74,9 @@ def measure_matrix(
     parts, picked = [], []
     for top in range(0, rows if columns else 0, work.height):
         band = matrix[top : top + work.height]
-        first, last = np.searchsorted(places, (top * columns, (top + len(band)) * columns))
         parts.append(work.add(band, top))
+        ends = (top * columns, (top + len(band)) * columns)
+        first, last = np.searchsorted(places, ends) if places.size else (0, 0)
         if last > first:
             here = places[first:last] - top * columns
             with np.errstate(invalid="ignore"):  # arbitrary bytes are signalling NaNs too

@@ -160,7 +160,7 @@ def _slope(activation: Activation, x: Tensor, value_of: Callable[[fx.Node], Any]
         result = values[activation.exit]
         if not (isinstance(result, Tensor) and result.shape == x.shape and result.requires_grad):
             return None
-        (slope,) = torch.autograd.grad(result, x, torch.ones_like(result))
+        (slope,) = torch.autograd.grad(result.sum(), x)
     return slope
 
 

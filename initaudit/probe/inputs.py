@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from initaudit.errors import UnreadableModel, UsageError
 from initaudit.probe.graph_inputs import for_graph
 from initaudit.probe.guesses import Guess
-from initaudit.probe.search import NotFound, Search, describe
 
 __all__ = ["InputSpec", "draw", "for_graph", "for_module", "load_data", "match_data", "parse_spec"]
 
@@ -133,6 +132,9 @@ def for_module(
     inputs by name. Neither the module nor the random state is changed. Raises UnreadableModel where nothing fits, UsageError
     where `shapes` names an input that forward does not have.
     """
+    # Only here: torch's symbolic shapes import sympy, half as long as torch itself; a graph's inputs are known.
+    from initaudit.probe.search import NotFound, Search, describe
+
     given = {name: _as_guess(spec) for name, spec in (shapes or {}).items()}
     name = type(module).__name__
     search = Search(module, batch, given)

@@ -229,9 +229,8 @@ class Pass(Executor):
                 made.append((self.weights[source], gradient))
         if made:
             wanted = list(self.parameters.items())
-            grads = torch.autograd.grad(
-                [v for v, _ in made], [p for _, p in wanted], [g for _, g in made], allow_unused=True, retain_graph=True
-            )
+            start = leading([v for v, _ in made], [g for _, g in made])
+            grads = torch.autograd.grad(start, [p for _, p in wanted], allow_unused=True, retain_graph=True)
             for (key, _), gradient in zip(wanted, grads, strict=True):
                 if gradient is not None:
                     found[key] = gradient if key not in found else found[key] + gradient
@@ -267,6 +266,15 @@ def cotangents(ends: Sequence[Tensor], batch: int, generator: torch.Generator, *
     return drawn
 
 
+def leading(ends: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
+    """One number whose gradient at each end is what is given for it.
+
+    To compare the shape of a gradient that it is handed, torch imports sympy, a quarter of what it takes to import itself.
+    """
+    with torch.enable_grad():
+        return torch.stack([(end * gradient).sum() for end, gradient in zip(ends, given, strict=True)]).sum()
+
+
 def batch_of(inputs: Sequence[Tensor]) -> int:
     """The number of examples: the first size of the first input that has one."""
     return next((int(x.shape[0]) for x in inputs if x.dim() > 0), 1)
@@ -277,7 +285,7 @@ def backward(run: Pass, ends: list[Tensor], given: list[Tensor], *, keep: bool) 
     for leaf in run.leaves.values():
         leaf.grad = None
     if ends:
-        torch.autograd.backward(ends, given, retain_graph=keep)
+        torch.autograd.backward(leading(ends, given), retain_graph=keep)
     found = {}
     for site, leaf in run.leaves.items():
         if leaf.grad is not None:
@@ -292,7 +300,7 @@ def through_signals(run: Pass, ends: list[Tensor], given: list[Tensor]) -> None:
     That is a third of the arithmetic of a forward and backward pass, where `backward` costs two thirds.
     """
     if ends and run.roots:
-        torch.autograd.grad(ends, run.roots, given, allow_unused=True)
+        torch.autograd.grad(leading(ends, given), run.roots, allow_unused=True)
 
 
 def kind_of(node: fx.Node) -> str:

@@ -63,5 +63,5 @@ class TimeObserver(Observer):
                 return None
             last = result.select(along, result.shape[along] - 1)
             drawn = torch.randn(last.shape, generator=self.generator).to(last.device)
-            (gradient,) = torch.autograd.grad(last, leaf, drawn)
+            (gradient,) = torch.autograd.grad((last * drawn).sum(), leaf)
         return result.detach(), gradient

@@ -118,11 +118,12 @@ def undisturbed(seed: int, graph: Graph) -> Iterator[None]:
         torch.manual_seed(seed)
         try:
             torch.set_float32_matmul_precision("highest")
-            if torch.cuda.is_available():  # on the host they are anyway, and it would cost time
+            if torch.cuda.is_available():  # on the host they are anyway, and it imports torch's compiler
                 torch.use_deterministic_algorithms(True, warn_only=True)
             yield
         finally:
-            torch.use_deterministic_algorithms(strict, warn_only=only_warns)
+            if torch.cuda.is_available():
+                torch.use_deterministic_algorithms(strict, warn_only=only_warns)
             torch.set_float32_matmul_precision(precision)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from initaudit.rules.support import fields, fresh_layers, initial, is_head
 
 # A weight is projected to this many rows and columns, which keeps its rank up to that.
 _SIDE = 96
+_BLOCK = 128  # rows and columns that are looked at first
 _LARGEST = 1 << 24  # elements looked at
 # Singular values below this share of the largest are rounding in float32; in a 16-bit weight its own.
 _ROUNDING = {"float16": 2e-3, "bfloat16": 1.6e-2}
@@ -98,7 +100,16 @@ def _rank(evidence: Evidence, layer: LayerEvidence) -> tuple[int, int] | None:
     values = layer.read()
     others = [i for i in range(values.ndim) if i not in axes]
     rows = int(np.prod([values.shape[i] for i in axes]))
-    matrix = values.transpose(*axes, *others).reshape(rows, -1).astype(np.float32)
+    stored = values.transpose(*axes, *others).reshape(rows, -1)
+    array = evidence.checkpoint.arrays.get(layer.tensor)
+    rounding = _ROUNDING.get(array.dtype if array is not None else "", 1e-5)
+    if min(stored.shape) >= _BLOCK:
+        # A matrix has no fewer directions than any block of it, and nearly all tell by a small one.
+        picked = [np.linspace(0, n - 1, _BLOCK).astype(np.int64) for n in stored.shape]
+        block = stored[picked[0]][:, picked[1]].astype(np.float64)
+        if _directions(block, rounding) >= _SIDE:
+            return _SIDE, _SIDE
+    matrix = stored.astype(np.float32)
     matrix /= np.abs(matrix).max()  # squares of what uninitialised memory holds would be infinite
     if not pair.stored:
         # What a mask keeps at zero is no direction that the weight could have had.
@@ -111,10 +122,17 @@ def _rank(evidence: Evidence, layer: LayerEvidence) -> tuple[int, int] | None:
         matrix = matrix @ generator.standard_normal((matrix.shape[1], _SIDE)).astype(np.float32)
     if matrix.shape[0] > _SIDE:
         matrix = generator.standard_normal((_SIDE, matrix.shape[0])).astype(np.float32) @ matrix
-    singular = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
-    array = evidence.checkpoint.arrays.get(layer.tensor)
-    rounding = _ROUNDING.get(array.dtype if array is not None else "", 1e-5)
-    return int(np.count_nonzero(singular > rounding * singular[0])), most
+    return _directions(matrix.astype(np.float64), rounding), most
+
+
+def _directions(matrix: np.ndarray[Any, Any], rounding: float) -> int:
+    """How many singular values are above `rounding` of the largest."""
+    largest = float(np.abs(matrix).max())
+    if not 0 < largest < math.inf:
+        return 0
+    # Scaled: squares of what uninitialised memory holds would be infinite.
+    singular = np.linalg.svd(matrix / largest, compute_uv=False)
+    return int(np.count_nonzero(singular > rounding * singular[0]))
 
 
 def _outer(model: Any) -> None:
