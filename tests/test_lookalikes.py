@@ -385,3 +385,41 @@ def test_a_post_norm_stack_keeps_its_gradient():
     norms = [float(block.branch[0].weight.grad.norm()) for block in (model[2], model[-2])]
     assert 0.3 < norms[0] / norms[1] < 30
     assert [(f.code, f.message) for f in audit(model, (inputs,)).findings if f.severity != "info"] == []
+
+
+@pytest.mark.parametrize(
+    ("norm", "images", "alarmed"),
+    [
+        (lambda n: nn.GroupNorm(8, n), True, True),
+        (lambda n: nn.GroupNorm(8, n), False, False),
+        (nn.LayerNorm, False, False),
+        (nn.RMSNorm, False, True),
+        (nn.BatchNorm2d, True, True),
+    ],
+)
+def test_a_mean_is_harmless_where_a_norm_of_the_units_alone_takes_it_away(norm, images, alarmed):
+    """SGD is the judge: on digits-like inputs the shifted network learns as fast as the other, or not."""
+    losses = []
+    for shift in (0.0, 2.0):
+        torch.manual_seed(0)
+        layers, i = [], 3 if images else 32
+        for _ in range(3):
+            layers += [nn.Conv2d(i, 32, 3, padding=1) if images else nn.Linear(i, 32), norm(32), nn.ReLU()]
+            i = 32
+        model = nn.Sequential(*layers, *([nn.AdaptiveAvgPool2d(1), nn.Flatten()] if images else []), nn.Linear(i, 4))
+        with torch.no_grad():
+            for layer in layers[::3]:
+                nn.init.kaiming_normal_(layer.weight).add_(shift * layer.weight.std())
+                nn.init.zeros_(layer.bias)
+        y = torch.randint(4, (128,))
+        x = torch.randn(4, *((3, 6, 6) if images else (32,)))[y] + 0.5 * torch.randn(128, *((3, 6, 6) if images else (32,)))
+        if shift:
+            assert ("IA107" in {code for code, _, _ in alarms(model, (x[:32],))}) == alarmed
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        for _ in range(15):
+            loss = F.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(float(loss.detach()))
+    assert (losses[1] > 1.3 * losses[0]) == alarmed

@@ -56,7 +56,7 @@ class NonzeroMean(Rule):
             return
         state = health(evidence)
         level = worst(state.exploding, state.vanishing)
-        absorbed = all(_absorbed(x) for x in off)
+        absorbed = all(_absorbed(evidence, x) for x in off)
         first = off[0]
         moments = first.moments
         error = moments.std / math.sqrt(moments.count)
@@ -95,14 +95,18 @@ class NonzeroMean(Rule):
         )
 
 
-def _absorbed(layer: LayerEvidence) -> bool:
+def _absorbed(evidence: Evidence, layer: LayerEvidence) -> bool:
     """Whether a norm over the units takes away what all of them have in common.
 
-    One over the batch, over positions or by root mean square does not: a small convolutional network with BatchNorm on
-    scikit-learn's digits, one of its four weights shifted by two standard deviations, had a loss of 1.8 after 40 steps of SGD
-    where the unshifted one had 0.6.
+    One over the batch, over positions as well as units, or by root mean square does not. Small networks on scikit-learn's
+    digits, weights shifted by two standard deviations: after 60 steps of SGD the loss was 2.31 in place of 1.82 before
+    GroupNorm of images, 2.13 in place of 0.79 before BatchNorm, 2.51 in place of 0.06 before RMSNorm, and 0.08 as without the
+    shift before LayerNorm and before GroupNorm of vectors, which have no positions.
     """
-    return bool(layer.feeds) and all("layer_norm" in feed.path for feed in layer.feeds)
+    signal = evidence.trace.signals.get(layer.pair.node) if evidence.trace is not None else None
+    vectors = signal is not None and len(signal.shape) == 2
+    over_units = ("layer_norm", "group_norm") if vectors else ("layer_norm",)
+    return bool(layer.feeds) and all(any(name in over_units for name in feed.path) for feed in layer.feeds)
 
 
 def _positive(model: Any) -> None:
