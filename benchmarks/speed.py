@@ -46,13 +46,21 @@ def medians(runs: Runs, rounds: int) -> dict[str, float]:
 
 
 def write(path: Path, shape: tuple[int, ...], count: int, dtype: str, seed: int = 0) -> int:
-    """A safetensors file of `count` matrices of normal values, each drawn anew; returns its bytes."""
+    """A safetensors file of `count` matrices of normal values, each drawn anew; returns its bytes.
+
+    Files of other seeds hold tensors of other names.
+    """
     generator = np.random.default_rng(seed)
     size = math.prod(shape) * (2 if dtype == "BF16" else 4)
     header: dict[str, object] = {}
     for i in range(count):
         offsets = [i * size, (i + 1) * size]
-        header[f"layers.{i // 4}.m{i % 4}.weight"] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        layer = seed * count // 4 + i // 4
+        header[f"layers.{layer}.m{i % 4}.weight"] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": offsets,
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -152,7 +160,7 @@ def threads(folder: Path, quick: bool) -> None:
         print(f"threads   {name:16} 2 on {os.cpu_count()} cores{'':13}{found['1'] / found['2']:8.2f} x")
 
 
-def command(*arguments: str) -> Callable[[], object]:
+def command(*arguments: str) -> Callable[[], subprocess.CompletedProcess[bytes]]:
     """A run of this interpreter, after one by which the code is compiled, as it is for whoever has installed it."""
     compiling = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     run = partial(subprocess.run, [sys.executable, *arguments], capture_output=True, check=False, timeout=600, env=compiling)
@@ -241,6 +249,8 @@ def disk(folder: Path, quick: bool) -> None:
 
     ours = command("-m", "initaudit", "--no-cache", str(shards), "--jobs", "2")
     cat()
+    if (status := ours().returncode) > 1:
+        raise SystemExit(f"the folder cannot be audited: {status}")
     found = medians({"cat": cat, "audit": ours}, 3 if quick else 2)
     print(f"disk      {size / 1e9:.1f} GB, warm, --jobs 2{'':11}{found['audit'] / found['cat']:8.2f} of cat")
     if quick or not empty():
