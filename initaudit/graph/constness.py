@@ -119,7 +119,7 @@ def _mark_live(node: fx.Node, constant: set[fx.Node], live: set[fx.Node], seen: 
         seen[current] = False
         order.append(current)
         as_weight = {use.weight for use in weight_uses(current, constant)}
-        stack.extend(a for a in current.all_input_nodes if a not in as_weight)
+        stack.extend(a for a in current.all_input_nodes if a not in as_weight or _from_layer(a, constant))
     for current in sorted(order):
         layer = current.op == "call_function" and role_of(current).kind in ("contraction", "embedding", "recurrent")
         layer = (layer and bool(weight_uses(current, constant))) or _bias_follows(current, constant)

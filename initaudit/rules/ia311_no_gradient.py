@@ -15,6 +15,8 @@ from initaudit.rules.rule import Example, Finding, Rule, Severity, Threshold
 from initaudit.rules.support import initial, names
 
 if TYPE_CHECKING:
+    from torch import fx
+
     from initaudit.graph.graph import Graph
     from initaudit.probe.trace import ParameterRecord
 
@@ -59,13 +61,17 @@ class NoGradient(Rule):
         silent = {n: p for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None and n not in beyond}
         if not silent:
             return
-        first = _cut(evidence, list(silent.values()))
+        reaching = _reaching(graph)
+        stopped = {n: p for n, p in silent.items() if n not in reaching}
+        # What a step without a derivative stops is one cause, and told as one where it is most of what gets no gradient.
+        cut_off = 2 * len(stopped) > len(silent)
+        first = _cut(evidence, list((stopped if cut_off else silent).values()))
         matrices = any(_matrix(p.shape) for p in silent.values())
         elements = {n: math.prod(p.shape) for n, p in trace.parameters.items()}
         share = sum(elements[n] for n in silent) / max(1, sum(elements.values()))
         others = [p.name for p in silent.values() if p is not first]
         scale = first.norm == 0 and len(first.shape) < 2
-        step = "" if first.norm == 0 else _without_gradient(graph, set(silent))
+        step = "" if first.norm == 0 else _without_gradient(graph, set(stopped))
         yield self.finding(
             f"{len(silent)} trainable parameters get a gradient of exactly zero, also after two steps of the others: "
             f"{names([first.name, *others])}"
@@ -135,6 +141,15 @@ def _cut(evidence: Evidence, silent: list[ParameterRecord]) -> ParameterRecord:
     return min(silent, key=lambda p: (not (p.norm == 0 and p.name in multiply), not _matrix(p.shape)))
 
 
+def _stops(node: fx.Node) -> bool:
+    """Whether a node hands no gradient on: whole numbers, a comparison, a size, detach."""
+    from initaudit.graph.calls import role_of
+
+    dtype = node.meta.get("dtype")
+    whole = dtype is not None and not dtype.is_floating_point and not dtype.is_complex
+    return whole or (node.op == "call_function" and (role_of(node).kind == "shape" or role_of(node).name == "detach"))
+
+
 def _without_gradient(graph: Graph, keys: set[str]) -> str:
     """The first step without a derivative (argmin, a comparison, detach) that everything from these constants goes through."""
     from initaudit.graph.calls import role_of
@@ -144,19 +159,32 @@ def _without_gradient(graph: Graph, keys: set[str]) -> str:
     seen, ends = set(stack), []
     while stack:
         for user in stack.pop().users:
-            dtype = user.meta.get("dtype")
             if user.op == "output":
                 return ""
             if role_of(user).kind == "shape":
                 continue
-            if role_of(user).name == "detach" or (dtype is not None and not dtype.is_floating_point and not dtype.is_complex):
+            if _stops(user):
                 ends.append(user)
             elif user not in seen:
                 seen.add(user)
                 stack.append(user)
     order = {n: i for i, n in enumerate(graph.fx.nodes)}
     first = min(ends, key=order.__getitem__, default=None)
+    if first is not None and role_of(first).name == "getitem":
+        first = first.all_input_nodes[0]  # one of several results: the places that a maximum was found at
     return "" if first is None else f"{role_of(first).name} ({location_of(first).site or first.name})"
+
+
+def _reaching(graph: Graph) -> frozenset[str]:
+    """The constants from which a way leads to the output on which every step has a derivative."""
+    stack = [n for n in graph.fx.nodes if n.op == "output"]
+    seen = set(stack)
+    while stack:
+        for given in stack.pop().all_input_nodes:
+            if given not in seen and not _stops(given):
+                seen.add(given)
+                stack.append(given)
+    return frozenset(str(n.target) for n in seen if n.op == "get_attr")
 
 
 def _leads_to_unknown(graph: Graph) -> set[str]:
