@@ -343,7 +343,7 @@ def whole(folder: Path, quick: bool) -> None:
             "ResNet-50": lambda: (hf.ResNetForImageClassification(hf.ResNetConfig()), torch.randn(8, 3, 224, 224)),
             "ViT-B": lambda: (hf.ViTForImageClassification(hf.ViTConfig()), torch.randn(8, 3, 224, 224)),
         }
-    parts = [(run, "measure_all"), (program, "open_program"), (program, "pair"), (program, "probe")]
+    parts = [(run, "measure_all"), (program, "open_program"), (program, "pair"), (program, "probed")]
     parts += [(program, "layer_evidence"), (program, "with_recognition"), (program, "in_company")]
     parts += [(roots, "findings_of"), (run, "model_report")]
     for name, build in models.items():
