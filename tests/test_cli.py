@@ -497,6 +497,36 @@ def test_a_meter_names_the_place_and_the_rate(monkeypatch, unit, amount, said):
     assert heard == [f"measuring fc1.weight, {said}, 2 {unit}/s"]
 
 
+STAGES = {
+    "finding inputs: input=": "tries",
+    "tracing 0": "layers",
+    "measuring 0.weight": "MB",
+    "pairing 0.weight": "weights",
+    "probing: forward at": "edges",
+    "probing: backward at": "edges",
+    "probing: gradients of single examples at 0": "layers",
+    "probing: virtual steps with adam": "steps",
+    "recognising 0.weight": "weights",
+}
+
+
+def test_every_stage_of_an_audit_names_its_place_and_its_rate():
+    from torch import nn
+
+    from initaudit.auditing.run import gather
+    from initaudit.config import Config
+    from initaudit.load import from_module
+
+    heard = []
+    gather(from_module(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))), Config(), progress=heard.append)
+    silent = [
+        stage
+        for stage, unit in STAGES.items()
+        if not any(re.match(rf"{re.escape(stage)}.*, \d+( of [\d,]+)? {unit}, [\d,]+ {unit}/s$", said) for said in heard)
+    ]
+    assert silent == []
+
+
 # The command as it is, which says what it does after hundredths of a second instead of a whole one.
 IMPATIENT = """
 import sys

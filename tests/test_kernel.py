@@ -277,3 +277,39 @@ def test_without_a_compiler_the_package_is_still_built(tmp_path):
     """And then numpy does the work: tests/test_measure_moments.py asks it everything."""
     assert build(tmp_path, CC="/bin/false", CXX="/bin/false") == []
     assert fused.reader_of(np.dtype(np.float64)) is None
+
+
+@pytest.mark.parametrize("size", [1, 15, 64, 65, 4099, 300_001])
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_a_survey_sums_and_bounds_float32(fast, size, start):
+    line = normal(size + start, np.float32)[start:]
+    total, squares, low, high = fused.survey(line)
+    wide = line.astype(np.float64)
+    assert total == pytest.approx(wide.sum(), rel=1e-6, abs=1e-6 * np.abs(wide).sum())
+    assert squares == pytest.approx(np.square(wide).sum(), rel=1e-6)
+    assert (low, high) == (line.min(), line.max())
+
+
+@pytest.mark.parametrize("values", ["usual", "tiny", "huge", "equal", "one NaN", "one infinity"])
+@pytest.mark.parametrize("extremes", [True, False])
+def test_moments_of_a_signal_are_the_same_with_and_without_the_kernel(fast, values, extremes, monkeypatch):
+    import torch
+
+    from initaudit.probe.statistics import moments
+
+    x = torch.from_numpy(normal((6, 5, 171), np.float32)).transpose(0, 2)
+    x = {"tiny": x * 1e-25, "huge": x * 1e25, "equal": torch.full_like(x, 0.1)}.get(values, x).clone()
+    if values.startswith("one"):
+        x[3, 2, 1] = float("nan") if values == "one NaN" else float("inf")
+    fast_ones = moments(x, extremes=extremes)
+    monkeypatch.setattr(fused, "kernel", None)
+    for found, expected in zip(fast_ones, moments(x, extremes=extremes), strict=True):
+        assert found == (None if expected is None else pytest.approx(expected, rel=1e-5, nan_ok=True))
+
+
+def test_a_survey_takes_what_is_a_buffer_only(kernel):
+    with pytest.raises((TypeError, BufferError)):
+        kernel.survey(None, -1)
+    with pytest.raises((ValueError, BufferError)):
+        kernel.survey(np.ones((4, 4), np.float32).T, -1)
+    assert kernel.survey(np.ones(0, np.float32), -1) == (0.0, 0.0, float("inf"), float("-inf"))

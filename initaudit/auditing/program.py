@@ -145,7 +145,7 @@ def _module(checkpoint: Checkpoint, module: nn.Module, config: Config, inputs: A
         shapes = {name: parse_spec(name, text) for name, text in config.inputs.items()}
         said = checkpoint.metadata.get("inputs", {})  # what the file itself says
         shapes = {**{name: InputSpec(*spec) for name, spec in said.items()}, **shapes}
-        inputs, keywords = for_module(module, shapes=shapes, batch=batch, seed=config.seed)
+        inputs, keywords = for_module(module, shapes=shapes, batch=batch, seed=config.seed, say=progress)
     elif isinstance(inputs, Mapping):
         inputs, keywords = (), inputs
     elif isinstance(inputs, torch.Tensor):
@@ -153,7 +153,7 @@ def _module(checkpoint: Checkpoint, module: nn.Module, config: Config, inputs: A
     progress("tracing")
     home = device_of(module) or "cpu"
     inputs, keywords = pytree.tree_map_only(torch.Tensor, lambda t: t.to(home), (tuple(inputs), dict(keywords)))
-    graph = from_module(module, inputs, keywords)
+    graph = from_module(module, inputs, keywords, say=progress)
     budget = budget_of(checkpoint)
     reason = _swells(graph, budget.elements, ALL_OUTPUTS) if isinstance(module, ReadProgram) else ""
     if reason and _swells(graph, budget.shape_elements):

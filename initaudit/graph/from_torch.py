@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from initaudit.errors import UnreadableModel
 from initaudit.graph.graph import Graph
 from initaudit.graph.lower import ConstantKind, Constants, Lowering
+from initaudit.meter import Meter, Say, silent
 
 _PREFIX = "inner."
 
@@ -84,17 +85,36 @@ def _as_found(module: nn.Module) -> Iterator[None]:
                 b.copy_(value)
 
 
-def from_module(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any] | None = None) -> Graph:
+@contextlib.contextmanager
+def _told(module: nn.Module, say: Say) -> Iterator[None]:
+    """Inside, `say` is told which layer a trace has come to."""
+    names = {part: name for name, part in module.named_modules()}
+    meter = Meter(say, "tracing", "layers")
+
+    def reached(part: nn.Module, _: Any) -> None:
+        if part in names:
+            meter(names[part])
+
+    hook = nn.modules.module.register_module_forward_pre_hook(reached)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def from_module(
+    module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any] | None = None, *, say: Say = silent
+) -> Graph:
     """The graph of `module` called with `inputs` (nested structures of tensors are flattened to placeholders).
 
     Dropout and other noise are off; norms with running statistics that training will replace by those of the batch use the
     batch's (see `lower`). The module is traced as for evaluation, and as for training where only that reaches all parameters
-    (auxiliary heads). Raises UnreadableModel where forward cannot be run on these inputs.
+    (auxiliary heads). `say` is told where the trace is. Raises UnreadableModel where forward cannot be run on these inputs.
     """
     keywords = keywords or {}
     flat, _ = pytree.tree_flatten((tuple(inputs), dict(keywords)))
     training = module.training
-    with _as_found(module):
+    with _as_found(module), _told(module, say):
         module.eval()
         graph = _trace(module, inputs, keywords, flat, training)
         if graph.unused:

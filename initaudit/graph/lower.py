@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from initaudit.graph.aten import base_name
 from initaudit.graph.execute import note_shape
-from initaudit.graph.graph import Constant, Graph, Input
+from initaudit.graph.graph import Constant, Graph, Input, location_of
 from initaudit.location import Location
 
 ConstantKind = Literal["parameter", "buffer", "literal"]
@@ -233,6 +233,9 @@ class Lowering:
         inputs = tuple(
             Input(name, tuple(node.meta["shape"]), node.meta["dtype"]) for name, node in zip(names, self.inputs, strict=False)
         )
+        for name, node in zip(names, self.inputs, strict=False):
+            if not location_of(node).site:
+                node.meta["location"] = Location(name)  # torch's own name for it says nothing to who wrote forward
         read = {str(n.target) for n in self.out.nodes if n.op == "get_attr"}
         constants = {key: value for key, value in self.constants.found.items() if key in read}
         return Graph(self.out, constants, inputs, "module", tuple(unused(read)), notes, examples)

@@ -72,6 +72,15 @@ def moments_of(line: Vector, reader: Reader) -> Found:
     return kernel.measure(reader.kind, line.view(reader.raw), 1, line.size, reader.table, None, None, 0, 1, level)
 
 
+def survey(line: Vector) -> tuple[float, float, float, float] | None:
+    """(sum, sum of squares, least, greatest) of a contiguous float32 vector; None where there is no kernel.
+
+    Squares beyond the range of float32 are lost, and the extremes mean nothing where a value is not a number: the sum of
+    squares is then 0, infinite or not a number.
+    """
+    return None if kernel is None else kernel.survey(line, level)
+
+
 def new_sums(rows: int, columns: int) -> Vector:
     """Room for `add` to a matrix of this shape."""
     return np.zeros(3 * rows + 2 * columns)

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from initaudit.graph.calls import arguments, role_of
+from initaudit.graph.graph import location_of
+from initaudit.meter import Meter, Say, silent
 from initaudit.probe.axes import Axes, first_tensor, main_of
 from initaudit.probe.passes import Observer, Pass, cotangents, through_signals
 from initaudit.probe.statistics import by_example
@@ -47,7 +49,7 @@ class GradientSketch(Observer):
         self.parts: dict[fx.Node, Tensor] = {}
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.pool = torch.empty(0)
-        self.open = False
+        self.meter: Meter | None = None  # there while sketches are taken
 
     def signal(self, run: Pass, node: fx.Node, value: Tensor) -> None:
         """Holds the arguments of a consumer of trainable weights until the gradient comes back to it."""
@@ -63,8 +65,9 @@ class GradientSketch(Observer):
 
     def gradient(self, run: Pass, node: fx.Node, gradient: Tensor) -> None:
         """Sketches the gradients of the weights that `node` uses."""
-        if not self.open or node not in self.held:
+        if self.meter is None or node not in self.held:
             return
+        self.meter(location_of(node).site or node.name)
         axes, kind = run.axes[node], role_of(node).kind
         apart = kind != "recurrent" and axes.unit is not None
         units = gradient.shape[axes.unit] if apart and axes.unit is not None else 1
@@ -156,14 +159,17 @@ class GradientSketch(Observer):
         start = int(torch.randint(self.pool.numel() - count + 1, (), generator=self.generator))
         return self.pool[start : start + count].view(shape).to(device)
 
-    def measure(self, run: Pass, ends: list[Tensor], batch: int, seed: int) -> GramRecord | None:
-        """The spectra of both Gram matrices; None where no weight could be followed or a gradient is not finite."""
+    def measure(self, run: Pass, ends: list[Tensor], batch: int, seed: int, say: Say = silent) -> GramRecord | None:
+        """The spectra of both Gram matrices; None where no weight could be followed or a gradient is not finite.
+
+        `say` is told at whose gradients the pass is.
+        """
         if not ends or batch < 2 or not self.held:
             return None
         given = cotangents(ends, batch, torch.Generator().manual_seed(seed), shared=True)
-        self.open = True
+        self.meter = Meter(say, "probing: gradients of single examples at", "layers", len(self.held))
         through_signals(run, ends, given)
-        self.open = False
+        self.meter = None
         self.held.clear()
         plain: Tensor | None = None
         scaled: Tensor | None = None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from initaudit.errors import UnreadableModel, UsageError
+from initaudit.meter import Say, silent
 from initaudit.probe.graph_inputs import for_graph
 from initaudit.probe.guesses import Guess
 
@@ -124,20 +125,20 @@ def _converted(value: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
 
 
 def for_module(
-    module: nn.Module, *, shapes: Mapping[str, InputSpec] | None = None, batch: int = 8, seed: int = 0
+    module: nn.Module, *, shapes: Mapping[str, InputSpec] | None = None, batch: int = 8, seed: int = 0, say: Say = silent
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword inputs that `module.forward` accepts, of `batch` examples.
 
     They are found from forward's signature and the layers that the module holds, by runs without arithmetic; `shapes` fixes
-    inputs by name. Neither the module nor the random state is changed. Raises UnreadableModel where nothing fits, UsageError
-    where `shapes` names an input that forward does not have.
+    inputs by name, and `say` is told what is tried. Neither the module nor the random state is changed. Raises UnreadableModel
+    where nothing fits, UsageError where `shapes` names an input that forward does not have.
     """
     # Only here: torch's symbolic shapes import sympy, half as long as torch itself; a graph's inputs are known.
     from initaudit.probe.search import NotFound, Search, describe
 
     given = {name: _as_guess(spec) for name, spec in (shapes or {}).items()}
     name = type(module).__name__
-    search = Search(module, batch, given)
+    search = Search(module, batch, given, say)
     known = [a.name for a in search.arguments]
     for wanted in given:
         if wanted not in known:
@@ -146,11 +147,11 @@ def for_module(
         found = search.found()
     except NotFound as nothing:
         tried = describe(nothing.tried)
-        say = f"say what it takes with {_EXAMPLE.replace('NAME', known[0])}"
+        mend = f"say what it takes with {_EXAMPLE.replace('NAME', known[0])}"
         if any(sign in tried for sign in _NESTED):
-            say = "it takes a mapping or a tuple of tensors: give one as `inputs` of initaudit.audit from Python"
+            mend = "it takes a mapping or a tuple of tensors: give one as `inputs` of initaudit.audit from Python"
         raise UnreadableModel(
-            name, f"no inputs were found that forward({', '.join(known)}) accepts", advice=f"tried {tried}; {say}"
+            name, f"no inputs were found that forward({', '.join(known)}) accepts", advice=f"tried {tried}; {mend}"
         ) from None
     generator = torch.Generator().manual_seed(seed)
     floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)

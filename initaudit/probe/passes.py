@@ -70,7 +70,11 @@ class Pass(Executor):
         self.order: dict[fx.Node, int] = {}
         self.outputs: list[tuple[fx.Node, Tensor]] = []
         self.trained: set[fx.Node] = set()
-        self.roots: list[Any] = []
+        self.roots: dict[fx.Node, Any] = {}
+        self.copies: dict[fx.Node, Tensor] = {}
+        self.steep: dict[fx.Node, Tensor] = {}
+        self.inputs: list[Tensor] = []
+        self.upstream: set[fx.Node] = set()
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The constant in float32; a trainable one as a leaf of its own."""
@@ -133,11 +137,13 @@ class Pass(Executor):
         return value
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An input; a floating-point one is differentiated as well."""
+        """An input; a floating-point one can be differentiated as well."""
         value = super().placeholder(target, args, kwargs)
         if isinstance(value, Tensor) and value.is_floating_point():
+            leaf = value.detach().requires_grad_(True)
+            self.inputs.append(leaf)
             # A copy, because the graph may write to its input.
-            return value.detach().requires_grad_(True) * 1
+            return leaf * 1
         return value
 
     def again(self, node: fx.Node, replace: Mapping[fx.Node, Any]) -> Any:
@@ -200,7 +206,12 @@ class Pass(Executor):
         elif any((n, a) in self.leaves for a in n.all_input_nodes):
             self.trained.add(n)
             # The edge, not the tensor: an operator that writes in place would take the tensor along.
-            self.roots.append(torch.autograd.graph.get_gradient_edge(signal))
+            self.roots[n] = torch.autograd.graph.get_gradient_edge(signal)
+            if self.inputs:
+                self.copies[n] = signal * 1
+                signal.register_hook(lambda gradient: self.steep.__setitem__(n, gradient))  # type: ignore[no-untyped-call]
+        else:
+            self.upstream.add(n)
 
     def _finish(self, n: fx.Node) -> tuple[Tensor, ...]:
         for node in n.all_input_nodes:
@@ -281,11 +292,19 @@ def batch_of(inputs: Sequence[Tensor]) -> int:
 
 
 def backward(run: Pass, ends: list[Tensor], given: list[Tensor], *, keep: bool) -> dict[tuple[fx.Node, fx.Node], Tensor]:
-    """The gradient at every leaf that the outputs depend on. With `keep`, another backward pass can follow."""
+    """The gradient at every leaf that the outputs depend on. With `keep`, another backward pass can follow.
+
+    As in training, it ends at the first weights; `on_to_inputs` takes it from there to the inputs. Only where a way from the
+    inputs to the outputs leads past all weights, all of it is gone at once.
+    """
     for leaf in run.leaves.values():
         leaf.grad = None
-    if ends:
-        torch.autograd.backward(leading(ends, given), retain_graph=keep)
+    wanted = [leaf for leaf in run.leaves.values() if leaf.requires_grad]
+    wanted += run.inputs if _lead_past_weights(run) else []
+    if ends and wanted:
+        torch.autograd.backward(leading(ends, given), retain_graph=keep, inputs=wanted)
+    for leaf in run.inputs:
+        leaf.grad = None
     found = {}
     for site, leaf in run.leaves.items():
         if leaf.grad is not None:
@@ -294,13 +313,28 @@ def backward(run: Pass, ends: list[Tensor], given: list[Tensor], *, keep: bool) 
     return found
 
 
+def _lead_past_weights(run: Pass) -> bool:
+    """Whether a value that no trainable weight takes part in meets one behind the first weights, or is an output."""
+    return any(u.op == "output" or (u in run.trained and u not in run.roots) for n in run.upstream for u in n.users)
+
+
+def on_to_inputs(run: Pass) -> None:
+    """Takes the gradient of a `backward` that was kept on, from the first weights to the inputs: observers see it there."""
+    starts = [n for n in run.copies if n in run.steep]
+    if starts and not _lead_past_weights(run):
+        start = leading([run.copies[n] for n in starts], [run.steep[n] for n in starts])
+        torch.autograd.grad(start, run.inputs, retain_graph=True, allow_unused=True)
+    run.steep.clear()
+    run.copies.clear()
+
+
 def through_signals(run: Pass, ends: list[Tensor], given: list[Tensor]) -> None:
     """A backward pass along the signals alone: every observer sees its gradients, no weight's gradient is computed.
 
     That is a third of the arithmetic of a forward and backward pass, where `backward` costs two thirds.
     """
     if ends and run.roots:
-        torch.autograd.grad(leading(ends, given), run.roots, allow_unused=True)
+        torch.autograd.grad(leading(ends, given), list(run.roots.values()), allow_unused=True)
 
 
 def kind_of(node: fx.Node) -> str:

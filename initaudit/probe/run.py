@@ -17,7 +17,7 @@ from initaudit.meter import Meter, Say, silent
 from initaudit.probe.gradients import GradientSketch
 from initaudit.probe.measures import measures
 from initaudit.probe.observe import SignalObserver
-from initaudit.probe.passes import Observer, Pass, backward, batch_of, cotangents
+from initaudit.probe.passes import Observer, Pass, backward, batch_of, cotangents, on_to_inputs
 from initaudit.probe.recurrence import TimeObserver
 from initaudit.probe.response import respond
 from initaudit.probe.statistics import peak, power
@@ -50,9 +50,9 @@ def probe(
         ends, batch = run.ends(), batch_of(given)
         drawn = cotangents(ends, batch, torch.Generator().manual_seed(seed))
         sites = backward(run, ends, drawn, keep=True)
+        on_to_inputs(run)
         observer.close()
-        say("probing: gradients of single examples")
-        gram = sketch.measure(run, ends, batch, seed)
+        gram = sketch.measure(run, ends, batch, seed, say)
         norm_of, gradients = _Norms(), run.parameter_gradients(sites)
         parameters = _parameters(graph, run, gradients, norm_of)
         silent = [name for name, p in parameters.items() if p.gradient_zero]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from initaudit.meter import Meter, Say, silent
 from initaudit.probe.dry_run import DryRun, Outcome, real_run
 from initaudit.probe.guesses import (
     POSITIONS,
@@ -58,9 +59,9 @@ class NotFound(Exception):
 
 
 class Search:
-    """A best-first search over assignments of guesses to arguments. `given` are fixed."""
+    """A best-first search over assignments of guesses to arguments. `given` are fixed; `say` is told what is tried."""
 
-    def __init__(self, module: nn.Module, batch: int, given: Mapping[str, Guess]) -> None:
+    def __init__(self, module: nn.Module, batch: int, given: Mapping[str, Guess], say: Say = silent) -> None:
         self.module, self.batch, self.given = module, batch, given
         self.arguments = signature_of(module)
         self.by_name = {a.name: a for a in self.arguments}
@@ -74,6 +75,7 @@ class Search:
         self.queue: list[tuple[float, int, Assignment]] = []
         self.count = itertools.count()
         self.until = time.monotonic() + _SECONDS
+        self.meter = Meter(say, "finding inputs:", "tries")
 
     def found(self) -> Found:
         """The first assignment that runs, with its size and form settled; raises NotFound."""
@@ -122,6 +124,7 @@ class Search:
         """Runs an assignment without arithmetic, or for real with few examples where shapes alone do not decide."""
         key = _key(assignment)
         if key not in self.seen:
+            self.meter(_shown(assignment))
             positional, keywords, names = self.call(assignment, _hollow_tensor)
             outcome = self.dry.run(positional, keywords, names)
             if outcome.undecided:
@@ -357,10 +360,9 @@ def _plain_tensor(outcome: Outcome) -> Callable[[str, Guess], Any]:
 
 def describe(assignments: Iterable[tuple[Assignment, str]]) -> str:
     """What was tried, for a message: `x=8x3x32x32:float32 (RuntimeError: ...)`."""
-    parts = []
-    for assignment, error in assignments:
-        shown = ", ".join(
-            f"{n}={'x'.join(map(str, g.shape))}:{str(g.dtype).removeprefix('torch.')}" for n, g in assignment.items()
-        )
-        parts.append(f"{shown} ({error[:110]})")
-    return "; ".join(parts)
+    return "; ".join(f"{_shown(assignment)} ({error[:110]})" for assignment, error in assignments)
+
+
+def _shown(assignment: Assignment) -> str:
+    types = {n: f"{'x'.join(map(str, g.shape))}:{str(g.dtype).removeprefix('torch.')}" for n, g in assignment.items()}
+    return ", ".join(f"{name}={of}" for name, of in types.items())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from initaudit.measure.fused import survey
 from initaudit.probe.axes import Axes
 
 # Squares of float32 numbers lose precision below 1e-38 and overflow above 3e38: outside this range a sum is taken in float64.
@@ -18,10 +19,16 @@ _BLOCK = 1 << 18  # elements: 1 MiB of float32 fits a core's second-level cache
 _GRAM = (1e-140, 1e140)
 # 1 - Σ⟨x_i, x_j⟩/(n Σ|x|²) has an error of some 1e-16: above this share it has ten digits.
 _CANCELLED = 1e-6
+# Float32 products of 1024 numbers err by some 1e-6: rows with less of a spread than this are compared in float64.
+_ALIKE = 1e-2
+Comparison = tuple[float | None, float | None, float | None]
 
 
 def moments(x: Tensor, *, extremes: bool = False) -> tuple[float, float, float | None, bool]:
     """(mean, second moment, largest absolute value if asked for, all finite?) of a tensor with at least one element."""
+    if (whole := _surveyed(x)) is not None:
+        mean, moment2, largest = whole
+        return mean, moment2, largest if extremes else None, True
     total, square, peak = 0.0, 0.0, 0.0
     for block in _blocks(x):
         part = _power(block)
@@ -33,6 +40,20 @@ def moments(x: Tensor, *, extremes: bool = False) -> tuple[float, float, float |
             low, high = torch.aminmax(block)
             peak = max(peak, -low.item(), high.item())
     return total / x.numel(), square / x.numel(), peak if extremes else None, True
+
+
+def _surveyed(x: Tensor) -> tuple[float, float, float] | None:
+    """(mean, second moment, largest absolute value) by one pass in C.
+
+    None without the kernel, for another type or device, and for squares beyond the range of float32.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return None
+    found = survey(_flat(x).numpy())
+    if found is None or not _SAFE[0] < found[1] < _SAFE[1]:
+        return None
+    total, square, low, high = found
+    return total / x.numel(), square / x.numel(), max(-low, high)
 
 
 def peak(x: Tensor) -> float:
@@ -56,10 +77,14 @@ def _power(block: Tensor) -> float:
 
 def _blocks(x: Tensor) -> Sequence[Tensor]:
     """The elements in pieces that stay in the cache from one statistic to the next, in the order of memory."""
+    flat = _flat(x)
+    return torch.split(flat, _BLOCK) if x.device.type == "cpu" else (flat,)
+
+
+def _flat(x: Tensor) -> Tensor:
     x = x.detach()
     # Dense in another order of its axes (channels last, a transposed matrix) is no reason for a copy.
-    flat = x.view(-1) if x.is_contiguous() else x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
-    return torch.split(flat, _BLOCK) if x.device.type == "cpu" else (flat,)
+    return x.view(-1) if x.is_contiguous() else x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
 
 
 def by_example(x: Tensor, axes: Axes) -> Tensor:
@@ -90,7 +115,7 @@ def _step(features: int) -> int:
     return max(1, -(-features // _FEATURES))
 
 
-def comparisons(rows: Tensor) -> list[tuple[float | None, float | None, float | None]]:
+def comparisons(rows: Tensor) -> list[Comparison]:
     """(mean cosine, spread, rank) of the n rows of each of k times (groups, n, d), averaged over the groups that have a signal.
 
     The cosine is that between different rows; rows of zeros count as unlike all others. The spread is the variance over rows as
@@ -98,15 +123,31 @@ def comparisons(rows: Tensor) -> list[tuple[float | None, float | None, float | 
     share: 1 where all are multiples of one vector, min(n, d) where they are orthogonal and equally long. One row alone has a
     rank only.
     """
-    n = rows.shape[2]
     if rows.numel() == 0:
         return [(None, None, None)] * rows.shape[0]
-    rows = rows.double()
+    gram = rows @ rows.transpose(2, 3)
+    low, high = torch.aminmax(gram.diagonal(dim1=2, dim2=3).sum(2))
+    if rows.dtype != torch.float32 or not (_SAFE[0] < low and high < _SAFE[1]):
+        return _compared(rows.double())
+    found = _spectra(gram.double(), rows)
+    alike = [i for i, (_, spread, _) in enumerate(found) if spread is not None and spread < _ALIKE]
+    if alike:
+        for i, exact in zip(alike, _compared(rows[alike].double()), strict=True):
+            found[i] = exact
+    return found
+
+
+def _compared(rows: Tensor) -> list[Comparison]:
     gram = rows @ rows.transpose(2, 3)
     low, high = torch.aminmax(gram.diagonal(dim1=2, dim2=3).sum(2))
     if not (_GRAM[0] < low and high < _GRAM[1]):
         rows = rows / rows.abs().amax((2, 3), keepdim=True).clamp_min(1e-300)
         gram = rows @ rows.transpose(2, 3)
+    return _spectra(gram, rows)
+
+
+def _spectra(gram: Tensor, rows: Tensor) -> list[Comparison]:
+    n = rows.shape[2]
     squares = gram.diagonal(dim1=2, dim2=3)
     total = squares.sum(2)
     alive = (total > 0) & torch.isfinite(total)
@@ -121,7 +162,7 @@ def comparisons(rows: Tensor) -> list[tuple[float | None, float | None, float | 
     weight = torch.where(squares > 0, squares, 1).rsqrt()
     cosine = ((weight.unsqueeze(3) * gram * weight.unsqueeze(2)).sum((2, 3)) - (squares > 0).sum(2)) / (n * (n - 1))
     spread = 1 - gram.sum((2, 3)) / (n * safe)
-    if (spread < _CANCELLED).any():
+    if rows.dtype == torch.float64 and (spread < _CANCELLED).any():
         # Rows that differ only in the last float32 digits still show a difference of zero or of rounding size.
         spread = (rows - rows.mean(2, keepdim=True)).square().sum((2, 3)) / safe
     found = zip(count.tolist(), mean(cosine), mean(spread), rank, strict=True)

@@ -32,7 +32,11 @@ enum {
     MANY_ROWS = 512, /* whose sums are put together before they are added to those of all */
     HEAD = 1024,   /* values that the pilot is taken from */
     MANY = 16384,  /* values that make looking at the head worth while */
+    STRETCH = 64,  /* vectors of a survey that are added up in float32 */
 };
+#define ALL_INFINITE {INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, \
+                      INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY}
+static const float INFINITIES[16] = ALL_INFINITE;
 /* A mean this many standard deviations from the pilot costs its fourth power of the digits of a kurtosis. */
 static const double FAR = 4.0;
 /* Fourth powers of values within these bounds, and sums of many, stay in the range of float32. */
@@ -161,12 +165,14 @@ FORBID
 #endif
 
 typedef void passer(const input *, output *);
+typedef void surveyor(const char *, int64_t, double[4]);
 
 static struct {
     int levels;
     passer *pass[3];
+    surveyor *survey[3];
     widener *widen;
-} best = {1, {pass_plain}, look_up};
+} best = {1, {pass_plain}, {survey_plain}, look_up};
 
 static void choose_best(void)
 {
@@ -174,10 +180,12 @@ static void choose_best(void)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
         return;
+    best.survey[best.levels] = survey_avx2;
     best.pass[best.levels++] = pass_avx2;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512vl"))
         return;
+    best.survey[best.levels] = survey_avx512;
     best.pass[best.levels++] = pass_avx512;
     if (__builtin_cpu_supports("avx512vbmi"))
         best.widen = permute;
@@ -302,6 +310,11 @@ static int pass_arguments(PyObject *args, input *in, Py_buffer views[4], int *us
     return 1;
 }
 
+static int level_of(int asked)
+{
+    return asked < 0 || asked >= best.levels ? best.levels - 1 : asked;
+}
+
 static PyObject *kernel_measure(PyObject *self, PyObject *args)
 {
     (void)self;
@@ -311,7 +324,7 @@ static PyObject *kernel_measure(PyObject *self, PyObject *args)
     PyObject *found = NULL;
     int used = 0, level = 0;
     if (pass_arguments(args, &in, views, &used, &level)) {
-        level = level < 0 || level >= best.levels ? best.levels - 1 : level;
+        level = level_of(level);
         Py_BEGIN_ALLOW_THREADS
         measure(&in, &out, best.pass[level]);
         Py_END_ALLOW_THREADS
@@ -322,8 +335,25 @@ static PyObject *kernel_measure(PyObject *self, PyObject *args)
     return found;
 }
 
+static PyObject *kernel_survey(PyObject *self, PyObject *args)
+{
+    (void)self;
+    PyObject *data;
+    Py_buffer view;
+    int level;
+    double out[4];
+    if (!PyArg_ParseTuple(args, "Oi", &data, &level) || !take(data, &view, PyBUF_SIMPLE, 0, 1, "data"))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    best.survey[level_of(level)](view.buf, view.len / 4, out);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&view);
+    return Py_BuildValue("dddd", out[0], out[1], out[2], out[3]);
+}
+
 static PyMethodDef methods[] = {
-    {"measure", kernel_measure, METH_VARARGS, "See kernel.pyi."},
+    {"measure", kernel_measure, METH_VARARGS, "See _kernel.pyi."},
+    {"survey", kernel_survey, METH_VARARGS, "See _kernel.pyi."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -278,3 +278,41 @@ static void N(pass)(const input *in, output *out)
 }
 
 #undef KINDS
+
+/* Of n float32: their sum, the sum of their squares, the least and the greatest. Floats add up in each lane for a stretch. */
+static void N(survey)(const char *data, int64_t n, double out[4])
+{
+    const int64_t step = 4 * LANES, stretch = STRETCH * step;
+    N(vd) sums = {0}, squares = {0};
+    N(vf) low = N(load_float32)((const char *)INFINITIES), high = -low;
+    int64_t i = 0;
+    while (i + step <= n) {
+        const int64_t end = i + (n - i < stretch ? (n - i) / step * step : stretch);
+        N(vf) s[4] = {{0}}, q[4] = {{0}};
+        for (; i < end; i += step) {
+            for (int k = 0; k < 4; k++) {
+                const N(vf) x = N(load_float32)(data + 4 * (i + k * LANES));
+                s[k] += x;
+                q[k] += x * x;
+                low = N(least)(low, x);
+                high = N(most)(high, x);
+            }
+        }
+        s[0] = (s[0] + s[1]) + (s[2] + s[3]), q[0] = (q[0] + q[1]) + (q[2] + q[3]);
+        sums += N(lower)(s[0]) + N(upper)(s[0]);
+        squares += N(lower)(q[0]) + N(upper)(q[0]);
+    }
+    out[0] = out[1] = 0, out[2] = INFINITY, out[3] = -INFINITY;
+    for (int k = 0; k < LANES; k++) {
+        out[2] = low[k] < out[2] ? low[k] : out[2];
+        out[3] = high[k] > out[3] ? high[k] : out[3];
+    }
+    for (int k = 0; k < LANES / 2; k++)
+        out[0] += sums[k], out[1] += squares[k];
+    for (; i < n; i++) {
+        float x;
+        memcpy(&x, data + 4 * i, 4);
+        out[0] += x, out[1] += (double)(x * x);
+        out[2] = x < out[2] ? x : out[2], out[3] = x > out[3] ? x : out[3];
+    }
+}
