@@ -75,6 +75,7 @@ class Pass(Executor):
         self.steep: dict[fx.Node, Tensor] = {}
         self.inputs: list[Tensor] = []
         self.upstream: set[fx.Node] = set()
+        self.several = False
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The constant in float32; a trainable one as a leaf of its own."""
@@ -189,7 +190,7 @@ class Pass(Executor):
             observer.signal(self, n, signal)
         if not signal.requires_grad:
             return
-        self._note_root(n, signal)
+        self._note_root(n, signal, value)
         wanting = [o for o in self.observers if o.wants_gradient(self, n)]
         if wanting:
 
@@ -199,7 +200,7 @@ class Pass(Executor):
 
             signal.register_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _note_root(self, n: fx.Node, signal: Tensor) -> None:
+    def _note_root(self, n: fx.Node, signal: Tensor, value: Any) -> None:
         """Keeps the first values that trainable weights take part in: nothing upstream of them is trained."""
         if any(a in self.trained for a in n.all_input_nodes):
             self.trained.add(n)
@@ -207,6 +208,8 @@ class Pass(Executor):
             self.trained.add(n)
             # The edge, not the tensor: an operator that writes in place would take the tensor along.
             self.roots[n] = torch.autograd.graph.get_gradient_edge(signal)
+            # A gradient comes back to each of several results (a recurrent layer's states), and one is seen.
+            self.several |= isinstance(value, (tuple, list)) and len(value) > 1
             if self.inputs:
                 self.copies[n] = signal * 1
                 signal.register_hook(lambda gradient: self.steep.__setitem__(n, gradient))  # type: ignore[no-untyped-call]
@@ -314,8 +317,10 @@ def backward(run: Pass, ends: list[Tensor], given: list[Tensor], *, keep: bool) 
 
 
 def _lead_past_weights(run: Pass) -> bool:
-    """Whether a value that no trainable weight takes part in meets one behind the first weights, or is an output."""
-    return any(u.op == "output" or (u in run.trained and u not in run.roots) for n in run.upstream for u in n.users)
+    """Whether a way from the inputs does not lead through the one result of each first node that a weight takes part in."""
+    return run.several or any(
+        u.op == "output" or (u in run.trained and u not in run.roots) for n in run.upstream for u in n.users
+    )
 
 
 def on_to_inputs(run: Pass) -> None:
