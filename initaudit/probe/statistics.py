@@ -49,7 +49,8 @@ def _surveyed(x: Tensor) -> tuple[float, float, float] | None:
     """
     if x.dtype != torch.float32 or x.device.type != "cpu":
         return None
-    found = survey(_flat(x).numpy())
+    # One step of a sequence is flat and yet not dense.
+    found = survey(_flat(x).contiguous().numpy())
     if found is None or not _SAFE[0] < found[1] < _SAFE[1]:
         return None
     total, square, low, high = found
