@@ -24,7 +24,7 @@ from initaudit.graph.calls import arguments, role_of
 from initaudit.graph.graph import location_of
 from initaudit.meter import Meter, Say, silent
 from initaudit.probe.axes import Axes, first_tensor, main_of
-from initaudit.probe.passes import Observer, Pass, cotangents, through_signals
+from initaudit.probe.passes import Observer, Pass, cotangents, pushed_by_reverse, through_signals
 from initaudit.probe.statistics import by_example
 from initaudit.probe.trace import GramRecord, Kernel
 
@@ -216,16 +216,14 @@ def _derivative(
 
 
 def _twice_backward(of: Any, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor | None:
-    """The same without a forward mode, which recurrent kernels of accelerators lack: g = Jᵀu is linear in u, so dg/du = J."""
+    """The same without a forward mode, which recurrent kernels of accelerators lack."""
     with torch.enable_grad():
         leaves = [w.detach().requires_grad_(True) for w in weights]
         value = of(*leaves)
         if value is None or not value.requires_grad:
             return None
-        u = torch.zeros_like(value, requires_grad=True)
         try:
-            gradients = torch.autograd.grad(value, leaves, u, create_graph=True)
-            return torch.autograd.grad(gradients, u, directions)[0]
+            return pushed_by_reverse([value], leaves, directions)[0]
         except (RuntimeError, NotImplementedError):
             return None  # the kernel's backward pass has no derivative either
 

@@ -342,6 +342,20 @@ def through_signals(run: Pass, ends: list[Tensor], given: list[Tensor]) -> None:
         torch.autograd.grad(leading(ends, given), list(run.roots.values()), allow_unused=True)
 
 
+def pushed_by_reverse(
+    results: Sequence[Tensor], leaves: Sequence[Tensor], directions: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """What a change of the leaves along `directions` does to each result, by reverse mode taken twice; None where nothing.
+
+    Jᵀu is linear in u, so its derivative in u along v is J v. Raises what torch raises where an operator's backward pass has no
+    derivative of its own. To be called with gradients enabled.
+    """
+    weights = [torch.zeros_like(r, requires_grad=True) for r in results]
+    back = torch.autograd.grad(results, leaves, weights, create_graph=True, allow_unused=True)
+    used = [(g, v) for g, v in zip(back, directions, strict=True) if g is not None]
+    return torch.autograd.grad([g for g, _ in used], weights, [v for _, v in used], allow_unused=True)
+
+
 def kind_of(node: fx.Node) -> str:
     """The role of a node in one word."""
     return "input" if node.op == "placeholder" else role_of(node).kind

@@ -27,7 +27,7 @@ from initaudit.graph.constness import constant_nodes
 from initaudit.graph.execute import Executor
 from initaudit.graph.graph import Graph
 from initaudit.probe.axes import first_tensor, main_of
-from initaudit.probe.passes import FAILURES, single, writes
+from initaudit.probe.passes import FAILURES, pushed_by_reverse, single, writes
 from initaudit.probe.run import floated, undisturbed
 from initaudit.probe.statistics import power
 from initaudit.probe.trace import Trace
@@ -166,10 +166,7 @@ def twice_reversed(call: Any, args: Any, kwargs: Any) -> Any:
         moving = [r for r in results if isinstance(r, Tensor) and r.requires_grad]
         if not leaves or not moving:
             raise NotImplementedError("no derivative in either mode")
-        weights = [torch.zeros_like(r, requires_grad=True) for r in moving]
-        back = torch.autograd.grad(moving, leaves, weights, create_graph=True, allow_unused=True)
-        used = [(g, t) for g, t in zip(back, tangents, strict=True) if g is not None]
-        along = torch.autograd.grad([g for g, _ in used], weights, [t for _, t in used], allow_unused=True)
+        along = pushed_by_reverse(moving, leaves, tangents)
     found = {id(r): t for r, t in zip(moving, along, strict=True) if t is not None}
 
     def dual(x: Any) -> Any:

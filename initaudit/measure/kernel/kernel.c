@@ -34,9 +34,6 @@ enum {
     MANY = 16384,  /* values that make looking at the head worth while */
     STRETCH = 64,  /* vectors of a survey that are added up in float32 */
 };
-#define ALL_INFINITE {INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, \
-                      INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY, INFINITY}
-static const float INFINITIES[16] = ALL_INFINITE;
 /* A mean this many standard deviations from the pilot costs its fourth power of the digits of a kurtosis. */
 static const double FAR = 4.0;
 /* Fourth powers of values within these bounds, and sums of many, stay in the range of float32. */

@@ -284,7 +284,7 @@ static void N(survey)(const char *data, int64_t n, double out[4])
 {
     const int64_t step = 4 * LANES, stretch = STRETCH * step;
     N(vd) sums = {0}, squares = {0};
-    N(vf) low = N(load_float32)((const char *)INFINITIES), high = -low;
+    N(vf) low = N(all)(INFINITY), high = N(all)(-INFINITY);
     int64_t i = 0;
     while (i + step <= n) {
         const int64_t end = i + (n - i < stretch ? (n - i) / step * step : stretch);
