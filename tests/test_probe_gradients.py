@@ -1,4 +1,4 @@
-"""The sketched Gram matrix of per-example gradients against one backward pass per example."""
+"""Gradients against autograd's: at the inputs, and the sketched Gram matrix of those of single examples."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from initaudit.graph.from_torch import from_module
 from initaudit.probe.gradients import kernel
-from initaudit.probe.passes import cotangents
+from initaudit.probe.passes import batch_of, cotangents
 from initaudit.probe.run import probe
 
 
@@ -106,3 +106,44 @@ def test_kernels_without_a_forward_mode_are_differentiated_backwards(layer, monk
     backwards = probe(graph, (x,)).gram
     assert backwards.sgd.eigenvalues == pytest.approx(usual.sgd.eigenvalues, rel=1e-4, abs=1e-9)
     assert backwards.adam.eigenvalues == pytest.approx(usual.adam.eigenvalues, rel=1e-4, abs=1e-9)
+
+
+class PastWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(x + self.a(x).relu_())
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv1d(3, 6, 3), nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x, y):
+        return self.c(torch.relu_(self.a((x - 0.5) / 0.2)).mean(2) * self.b(y)), self.b(y)
+
+
+@pytest.mark.parametrize(
+    ("build", "shapes"),
+    [
+        (PastWeights, [(6, 8)]),
+        (TwoInputs, [(6, 3, 9), (6, 5)]),
+        (lambda: nn.GRU(5, 6), [(7, 3, 5)]),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3)), [(4, 3, 8, 8)]),
+    ],
+    ids=["past the weights", "two inputs", "two results", "in place"],
+)
+def test_the_gradient_at_the_inputs_is_that_of_autograd(build, shapes):
+    """It is taken on from the first weights, but where a way leads past them."""
+    torch.manual_seed(0)
+    module, inputs = build(), [torch.randn(shape) for shape in shapes]
+    trace = probe(from_module(module, tuple(inputs)), inputs)
+    leaves = [x.clone().requires_grad_(True) for x in inputs]
+    ends = module(*leaves)
+    ends = list(ends) if isinstance(ends, tuple) else [ends]
+    torch.autograd.backward(ends, cotangents(ends, batch_of(inputs), torch.Generator().manual_seed(0)))
+    seen = [s.gradient_moment2 for s in trace.signals.values() if s.kind == "input"]
+    assert seen == pytest.approx([x.grad.square().mean().item() for x in leaves], rel=1e-4)
