@@ -25,7 +25,9 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from malicious import CASES, CONTAINERS, _system, archive, plain
+from malicious import CASES
+from malicious_containers import CONTAINERS, archive, plain
+from pickle_opcodes import system
 
 # Runs in the peers' environment: a list of paths in, for each peer whether it says something, out.
 PEERS = """
@@ -97,7 +99,7 @@ def main() -> None:
         groups: dict[str, list[str]] = {"payload": [], "container": [], "harmless": []}
         for group, files in (
             ("payload", {case.name: plain(case.payload(canary)) for case in CASES}),
-            ("container", {name: make(_system(canary)) for name, make in CONTAINERS.items()}),
+            ("container", {name: make(system(canary)) for name, make in CONTAINERS.items()}),
         ):
             for number, content in enumerate(files.values()):
                 path = root / f"{group}{number}.{'pkl' if group == 'payload' else 'bin'}"

@@ -7,10 +7,8 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ import initaudit.session
 from initaudit import cli
 from initaudit.config import Config
 from initaudit.report.report import ModelReport
-from initaudit.rules import Rule, rule_of
+from initaudit.rules import Rule
 
 ROOT = Path(__file__).parent.parent
 SEEN: list[tuple[str, Config]] = []
@@ -416,104 +414,3 @@ def test_every_shell_gets_its_completion(capsys):
     assert "file" in [item.type for item in complete.get_completions([], "mod")]
     assert "--format" in [item.value for item in complete.get_completions(["model.onnx"], "--fo")]
     assert "--format" in [item.value for item in complete.get_completions([], "--fo")]
-
-
-STAND_IN = """
-import signal, sys, time, dataclasses
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
-sys.path.insert(0, {tests!r})
-import initaudit.session as session
-from sample_report import deep_model
-def audit_one(source, config, progress=None):
-    if source == "slow":
-        print("started", flush=True); time.sleep(60)
-    return dataclasses.replace(deep_model(2000), source=source)
-session.audit_one = audit_one
-from initaudit.cli import run
-sys.exit(run(sys.argv[1:]))
-"""
-
-
-def start(*arguments, **options):
-    code = STAND_IN.format(tests=str(Path(__file__).parent))
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )
-
-
-def test_a_reader_that_goes_away_is_no_error():
-    process = start("bad", "--verbose")
-    assert process.stdout.readline()
-    process.stdout.close()
-    err = process.stderr.read()
-    process.stderr.close()
-    assert process.wait(60) == 1
-    assert err == ""
-
-
-def test_ctrl_c_ends_with_130_and_says_nothing_more():
-    process = start("slow", "--format", "json:out.json")
-    assert process.stdout.readline() == "started\n"
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert not Path("out.json").exists()
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_any_encoding_of_the_terminal_will_do(encoding):
-    process = start("bad", env={**os.environ, "PYTHONIOENCODING": encoding})
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (1, "")
-    assert "forward-vanishing" in out
-
-
-def test_rule_files_are_refused_when_something_is_missing():
-    import types
-
-    module = types.ModuleType("initaudit.rules.ia301_forward_vanishing")
-    with pytest.raises(TypeError, match="must define one rule, not 0"):
-        rule_of(module)
-    for field, value, message in [
-        ("name", "Not A Name", "is not a name"),
-        ("summary", "", "has no summary"),
-        ("code", "IA302", "named after the code"),
-        ("severity", "bad", "does not exist"),
-        ("__doc__", "", "has no docstring"),
-        ("check", Rule.check, "has no check"),
-    ]:
-        cls = type("Broken", (SampleRule,), {"__doc__": "x", "__module__": module.__name__, field: value})
-        module.Broken = cls
-        with pytest.raises(TypeError, match=message):
-            rule_of(module)
-
-
-def test_two_rules_may_not_share_a_code_or_a_name():
-    from initaudit.rules import register
-
-    with pytest.raises(TypeError, match="both 'IA301'"):
-        register([SampleRule(), SampleRule()])
-
-
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [("exp", "explain expected.onnx"), ("--sel", "--select"), ("compl", "completion"), ("explai", "explain")],
-)
-def test_bash_completes_commands_options_and_files(tmp_path, typed, offered):
-    (tmp_path / "initaudit").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m initaudit "$@"\n')
-    (tmp_path / "initaudit").chmod(0o755)
-    (tmp_path / "expected.onnx").touch()
-    script = f"""
-    PATH="$PWD:$PATH"
-    eval "$(initaudit completion bash)"
-    COMP_WORDS=(initaudit {typed}); COMP_CWORD=1
-    _initaudit_completion initaudit 2>/dev/null
-    echo "${{COMPREPLY[@]}}"
-    """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120, env=environment
-    )
-    assert done.stdout.split() == offered.split(), done.stderr

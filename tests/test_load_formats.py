@@ -1,9 +1,8 @@
-"""Each format against the library that writes it: the same names, dtypes and numbers; then damaged files of each."""
+"""Each format against the library that writes it: the same names, dtypes and numbers."""
 
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import struct
 import tarfile
@@ -15,15 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from torch import nn
 
 from initaudit.errors import UnreadableModel
 from initaudit.load import Checkpoint, load
 from initaudit.load.checkpoint import Array, numpy_dtype
-from initaudit.load.pickle_machine import MAX_OPCODES
 from initaudit.load.registry import as_format, collect, formats
 
 
@@ -296,50 +292,6 @@ def test_safetensors(tmp_path: Path) -> None:
         assert np.array_equal(found, array)
 
 
-def header(**tensors: object) -> bytes:
-    raw = json.dumps(tensors).encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def entry(begin: int, end: int, shape: list[object], dtype: str = "F32") -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (struct.pack("<Q", 1000) + b"{}", "a header of 1000 bytes"),
-        (struct.pack("<Q", 2) + b"{x", "not JSON"),
-        (struct.pack("<Q", 40000) + b'{"a":' * 8000, "not JSON"),
-        (struct.pack("<Q", 15) + b'{"a":1,"a":2}  ', "stands twice"),
-        (header(a=1), "without dtype"),
-        (header(a=entry(0, 4, [1], "F99")), "the dtype F99"),
-        (header(a=entry(0, 4, [-1])), "negative size"),
-        (header(a=entry(0, 4, [1.5])), "the shape"),
-        (header(a=entry(0, 4, [True])), "the shape"),
-        (header(a=entry(0, 4, [2**62, 2**62])), "more elements"),
-        (header(a=entry(0, 8, [1])) + bytes(8), "expected 4 bytes"),
-        (header(a=entry(-4, 0, [1])), "bytes -4 to 0"),
-        (header(a=entry(0, 8, [2]), b=entry(4, 12, [2])) + bytes(12), "overlaps"),
-        (header(a=entry(4, 8, [1])) + bytes(8), "unused before"),
-        (header(a=entry(0, 4, [1])) + bytes(8), "after the last tensor"),
-        (header(__metadata__={"a": 1}), "table of texts"),
-    ],
-)
-def test_safetensors_that_break_the_format(content: bytes, says: str, tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(UnreadableModel, match=says):
-        load(tmp_path / "x.safetensors")
-
-
-def test_truncated_safetensors_loses_only_what_is_cut(tmp_path: Path) -> None:
-    content = header(a=entry(0, 8, [2]), b=entry(8, 16, [2])) + bytes(12)
-    (tmp_path / "x.safetensors").write_bytes(content)
-    checkpoint = load(tmp_path / "x.safetensors")
-    assert list(checkpoint.arrays) == ["a"]
-    assert [(problem.code, problem.tensor) for problem in checkpoint.problems] == [("IA001", "b")]
-
-
 def test_packed_weights_are_named(tmp_path: Path) -> None:
     ints, floats = np.ones((4, 4), np.int32), np.ones((4, 4), np.float16)
     packed = {"qweight": ints, "qzeros": ints, "scales": floats}
@@ -361,187 +313,6 @@ def test_empty_tensors_are_missing_tensors(tmp_path: Path) -> None:
     checkpoint = save({"a": torch.zeros(0), "b": torch.zeros(2), "c": torch.zeros(0, 3)}, tmp_path / "x.pt")
     assert [(problem.code, problem.tensor) for problem in checkpoint.problems] == [("IA502", "a")]
     assert "1 more" in checkpoint.problems[0].message
-
-
-def rezip(path: Path, change: Callable[[str, bytes], bytes | None]) -> Path:
-    """The archive at `path` with members changed, or left out for None."""
-    target = path.with_name("changed.pt")
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w") as new:
-        for name in old.namelist():
-            content = change(name, old.read(name))
-            if content is not None:
-                new.writestr(name, content)
-    return target
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda name, content: None if name == "x/data/0" else content, "is missing from the archive"),
-        (lambda name, content: content[:-4] if name == "x/data/0" else content, "44 bytes of storage"),
-        (
-            lambda name, content: content.replace(b"K\x03K\x04\x86", b"K\x05K\x04\x86") if name == "x/data.pkl" else content,
-            "number 19",
-        ),
-    ],
-    ids=["missing", "short", "view past the end"],
-)
-def test_storage_that_does_not_fit(change: Callable[[str, bytes], bytes | None], says: str, tmp_path: Path) -> None:
-    torch.save({"w": torch.randn(3, 4), "v": torch.randn(2)}, tmp_path / "x.pt")
-    checkpoint = load(rezip(tmp_path / "x.pt", change))
-    assert list(checkpoint.arrays) == ["v"]
-    assert [(problem.code, problem.tensor) for problem in checkpoint.problems] == [("IA001", "w")]
-    assert says in checkpoint.problems[0].message
-
-
-def test_zip_bomb_is_not_inflated(tmp_path: Path) -> None:
-    torch.save({"w": torch.randn(3, 4)}, tmp_path / "x.pt")
-    with zipfile.ZipFile(tmp_path / "x.pt") as old, zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as new:
-        new.writestr("x/data.pkl", old.read("x/data.pkl"))
-        new.writestr("x/data/0", bytes(1 << 24))
-    content = (tmp_path / "y.pt").read_bytes()
-    at = content.rindex(b"PK\1\2") + 24
-    (tmp_path / "y.pt").write_bytes(content[:at] + struct.pack("<I", 0xF0000000) + content[at + 4 :])
-    assert "inflates to" in load(tmp_path / "y.pt").problems[0].message
-    (tmp_path / "y.pt").write_bytes(content[:at] + struct.pack("<I", 48) + content[at + 4 :])
-    assert "inflates to other than" in load(tmp_path / "y.pt").problems[0].message
-
-
-def test_overlapping_members_are_refused(tmp_path: Path) -> None:
-    torch.save({"w": torch.randn(3, 4), "v": torch.randn(3, 4)}, tmp_path / "x.pt")
-    content = bytearray((tmp_path / "x.pt").read_bytes())
-    first = content.index(b"PK\1\2")
-    second = content.index(b"PK\1\2", first + 4)
-    content[second + 42 : second + 46] = content[first + 42 : first + 46]
-    (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(UnreadableModel, match="overlaps another member"):
-        load(tmp_path / "x.pt")
-
-
-def test_path_traversal_is_noted_and_nothing_is_written(tmp_path: Path) -> None:
-    torch.save({"w": torch.randn(3, 4)}, tmp_path / "x.pt")
-    with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
-        archive.writestr("../../escaped", "x")
-    assert any("outside its folder" in note for note in load(tmp_path / "x.pt").notes)
-    assert not (tmp_path.parent.parent / "escaped").exists()
-
-
-BOMBS: dict[str, bytes] = {
-    "lists that double": b"\x80\x02]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b".",
-    "deep tuples": b"\x80\x02)" + b"\x85" * 200_000 + b".",
-    "deep tuple as a key": b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.",
-    "deep dicts": b"\x80\x02" + b"}X\x01\x00\x00\x00a" * 1 + b"}" + b"K\x01}s" * 100_000 + b"s.",
-    "itself": b"\x80\x02]q\x00h\x00a.",
-    "announced length": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x.",
-    "announced bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x.",
-    "many opcodes": b"\x80\x02" + b"N0" * 60_000 + b"N.",
-    "digits": b"\x80\x02L" + b"9" * 100_000 + b"L\n.",
-    "empty stack": b"\x80\x02R.",
-    "unknown memo": b"\x80\x02h\x05.",
-    "only STOP": b"\x80\x02.",
-}
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_pickle_bombs_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("initaudit.load.pickle_machine.MAX_OPCODES", 100_000 if name == "many opcodes" else MAX_OPCODES)
-    (tmp_path / "x.pkl").write_bytes(BOMBS[name])
-    try:
-        checkpoint = load(tmp_path / "x.pkl")
-    except UnreadableModel:
-        return
-    assert checkpoint.arrays == {}
-    assert checkpoint.problems
-
-
-def test_hugging_face_folder(tmp_path: Path) -> None:
-    model, optimizer = stepped()
-    tensors = {f"w{i}": np.full((2, 3), i, np.float32) for i in range(4)}
-    save_file({"w0": tensors["w0"], "w1": tensors["w1"]}, tmp_path / "model-00001-of-00003.safetensors")
-    save_file({"w2": tensors["w2"], "w3": tensors["w3"]}, tmp_path / "model-00002-of-00003.safetensors")
-    where = {"w0": 1, "w1": 1, "w2": 2, "lost": 2, "absent": 3}
-    index = {"weight_map": {name: f"model-0000{shard}-of-00003.safetensors" for name, shard in where.items()}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "auto_map": {"AutoModel": "modeling_x.Net"}}))
-    (tmp_path / "modeling_x.py").write_text("raise SystemExit('executed')")
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    torch.save(model, tmp_path / "training_args.bin")
-    checkpoint = load(tmp_path)
-    assert checkpoint.metadata["config"]["model_type"] == "x"
-    assert sorted(checkpoint.arrays) == ["w0", "w1", "w2", "w3"]
-    assert all(np.array_equal(checkpoint.arrays[name].read(), tensors[name]) for name in tensors)
-    assert len(checkpoint.optimizer) == 3 * len(list(model.parameters()))
-    problems = {(problem.code, problem.tensor) for problem in checkpoint.problems}
-    assert problems == {("IA502", "lost"), ("IA502", "absent"), ("IA502", "w3"), ("IA505", "")}
-    assert any("modeling_x.Net" in note for note in checkpoint.notes)
-
-
-def test_index_that_points_outside(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_file({"w": np.ones(2, np.float32)}, tmp_path / "secret.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "../secret.safetensors"}}))
-    checkpoint = load(folder)
-    assert checkpoint.arrays == {}
-    assert "lies outside" in checkpoint.problems[0].message
-
-
-def test_shards_without_an_index(tmp_path: Path) -> None:
-    for number in (1, 3):
-        save_file({f"w{number}": np.ones(2, np.float32)}, tmp_path / f"model-0000{number}-of-00003.safetensors")
-    checkpoint = load(tmp_path)
-    assert sorted(checkpoint.arrays) == ["w1", "w3"]
-    assert "2 of 3 shards" in checkpoint.problems[0].message
-
-
-def test_several_models_in_a_folder(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        save_file({"w": np.ones(2, np.float32)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(UnreadableModel, match="several models"):
-        load(tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_distributed_checkpoint(tmp_path: Path) -> None:
-    from torch.distributed import checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    model, optimizer = stepped()
-    weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optim": state, "step": 3}, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    checkpoint = load(tmp_path / "dcp")
-    assert checkpoint.problems == ()
-    for name, tensor in model.state_dict().items():
-        assert np.array_equal(checkpoint.arrays[name].read(), tensor.numpy())
-    assert len({array.storage for array in checkpoint.arrays.values()}) == len(checkpoint.arrays)
-    assert len(checkpoint.optimizer) == 3 * len(list(model.parameters()))
-    shard = next((tmp_path / "dcp").glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[:-1])
-    assert {problem.code for problem in load(tmp_path / "dcp").problems} == {"IA502"}
-    shard.unlink()
-    assert load(tmp_path / "dcp").arrays == {}
-
-
-def test_storages_of_two_shards_are_not_tied(tmp_path: Path) -> None:
-    for number in (1, 2):
-        out = io.BytesIO()  # every archive that is written to a buffer counts its storages from archive/data/0
-        torch.save({f"w{number}": torch.randn(3), f"v{number}": torch.randn(3)}, out)
-        (tmp_path / f"pytorch_model-0000{number}-of-00002.bin").write_bytes(out.getvalue())
-    storages = [array.storage for array in load(tmp_path).arrays.values()]
-    assert len(set(storages)) == len(storages) == 4
-
-
-def test_zero_shards_are_missing_tensors(tmp_path: Path) -> None:
-    module = {"a.weight": torch.zeros(0), "b.bias": torch.zeros(0)}
-    shapes = [{"a.weight": torch.Size([3, 4]), "b.bias": torch.Size([3])}]
-    torch.save({"module": module, "param_shapes": shapes}, tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    inner = {"zero_stage": 3, "fp32_flat_groups": [torch.randn(15)]}
-    torch.save({"optimizer_state_dict": inner}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
-    checkpoint = load(tmp_path)
-    assert checkpoint.format == "deepspeed"
-    assert {problem.code for problem in checkpoint.problems} == {"IA502"}
-    assert any("2 of 2 parameters" in problem.message for problem in checkpoint.problems)
-    assert len(checkpoint.optimizer) == 1
 
 
 def test_gguf(tmp_path: Path) -> None:
@@ -568,78 +339,6 @@ def test_gguf_without_its_package_says_so(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(UnreadableModel, match="pip install gguf"):
         load(tmp_path / "x.gguf")
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", "the file is empty"),
-        (b"hello\n" * 10, "a text file"),
-        (bytes(100), "nothing but zero bytes"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"<!DOCTYPE html><html>", "a web page"),
-        (b"\x89HDF\r\n\x1a\n", "HDF5"),
-        (b"\x1f\x8b\x08", "gzip"),
-        (bytes(range(255, 99, -1)), "of no known format"),
-        (b"PK\x03\x04" + bytes(40), "a zip archive without its directory"),
-    ],
-)
-def test_what_is_no_model(content: bytes, says: str, tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(content)
-    with pytest.raises(UnreadableModel, match=says):
-        load(tmp_path / "x")
-
-
-def test_paths_that_are_no_model(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "model.pt").write_bytes(b"x")
-    for source, says in {
-        tmp_path / "sub": "the folder is empty",
-        tmp_path / "modle.pt": "did you mean",
-        tmp_path / "no" / "where": "does not exist either",
-        Path("/dev/null"): "neither a file nor a folder",
-    }.items():
-        with pytest.raises(UnreadableModel, match=says):
-            load(source)
-    with pytest.raises(UnreadableModel, match="download it first"):
-        load("https://example.com/model.onnx")
-
-
-def seeds() -> dict[str, bytes]:
-    made: dict[str, bytes] = {}
-    state = {"state_dict": {"w": torch.randn(3, 4), "v": torch.randn(4)}}
-    for name, zipped in (("archive", True), ("stream", False)):
-        out = io.BytesIO()
-        torch.save(state, out, _use_new_zipfile_serialization=zipped)
-        made[name] = out.getvalue()
-    made["pickle"] = pickle.dumps({"w": np.ones((3, 4)), "m": nn.Linear(2, 2)})
-    made["safetensors"] = header(a=entry(0, 8, [2]), b=entry(8, 16, [2])) + bytes(16)
-    out = io.BytesIO()
-    np.savez(out, w=np.ones((3, 4)))
-    made["npz"] = out.getvalue()
-    return made
-
-
-SEEDS = seeds()
-
-
-@settings(max_examples=400, deadline=None)
-@given(data=st.data())
-def test_damaged_files_end_in_one_kind_of_error(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    content = bytearray(SEEDS[data.draw(st.sampled_from(sorted(SEEDS)))])
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path_factory.getbasetemp() / "damaged"
-    path.write_bytes(content[: data.draw(st.integers(1, len(content)))] if data.draw(st.booleans()) else content)
-    try:
-        checkpoint = load(path)
-    except UnreadableModel:
-        return
-    for array in checkpoint.arrays.values():
-        try:
-            assert array.read().shape == array.shape
-        except UnreadableModel:
-            continue
 
 
 def test_registry_is_complete_and_refuses_duplicates() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from malicious import CASES, CONTAINERS, TORCH_RUNS, WEIGHTS, Case, object_array, plain, shell
-from malicious import _system as system
+from malicious import CASES, Case
+from malicious_containers import CONTAINERS, TORCH_RUNS, object_array, plain
+from pickle_opcodes import WEIGHTS, shell, system
 
 from initaudit.errors import UnreadableModel
 from initaudit.load import Checkpoint, load
@@ -106,7 +107,7 @@ def test_object_array_is_read_as_the_pickle_it_is(tmp_path: Path) -> None:
 
 
 def test_known_name_of_the_wrong_module_is_reported(tmp_path: Path) -> None:
-    from malicious import by_line, call
+    from pickle_opcodes import by_line, call
 
     checkpoint = read(tmp_path / "x.pkl", plain(call(by_line("evil", "_rebuild_tensor_v2"), shell(tmp_path))))
     assert "calls evil._rebuild_tensor_v2" in code_messages(checkpoint)
@@ -119,7 +120,7 @@ def test_seven_zip_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_control_characters_of_a_name_do_not_reach_the_message(tmp_path: Path) -> None:
-    from malicious import by_stack, call
+    from pickle_opcodes import by_stack, call
 
     checkpoint = read(tmp_path / "x.pkl", plain(call(by_stack("e\x1b[2Jvil", "f\n\x07"))))
     assert code_messages(checkpoint).isprintable()
