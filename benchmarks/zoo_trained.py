@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo_faults import layers_of
 from zoo_models import quiet
 from zoo_own import Mixed, Residual, mlp
 from zoo_silence import summary
@@ -92,9 +91,34 @@ def trained(name: str) -> nn.Module:
     return model.eval()
 
 
+def _layers(module: nn.Module) -> list[tuple[list[str], nn.Module]]:
+    """What forward calls and can be made again, each with the names of its matrices, in order, once, and without the last.
+
+    Layers of fewer than 256 weights are left out.
+    """
+    found: dict[nn.Module, list[str]] = {}
+    names = {m: n for n, m in module.named_modules()}
+
+    def called(m: nn.Module, *_: Any) -> None:
+        found[m] = [f"{names[m]}.{n}" for n, p in m.named_parameters(recurse=False) if p.ndim > 1 and p.numel() >= 256]
+
+    hooks = [m.register_forward_hook(called) for m in names if hasattr(m, "reset_parameters")]
+    with torch.no_grad():
+        module(digits()[0][:2])
+    for hook in hooks:
+        hook.remove()
+    return [(matrices, m) for m, matrices in found.items() if matrices][:-1]
+
+
+def _picked(module: nn.Module) -> list[int]:
+    """The layers at the beginnings of the thirds of a network; one that is in two of them counts once."""
+    count = len(_layers(module))
+    return list(dict.fromkeys(p * count // 3 for p in range(3)))
+
+
 def tasks() -> list[str]:
-    """Each network as trained, and with a layer made again at three depths."""
-    return [f"trained|{n}|{p}" for n in TRAINED for p in ("", "0", "1", "2")]
+    """Each network as trained, and with a layer made again at up to three depths."""
+    return [f"trained|{n}|{p}" for n in TRAINED for p in ("", *range(len(_picked(TRAINED[n]().eval()))))]
 
 
 def row(task: str) -> dict[str, Any]:
@@ -103,12 +127,11 @@ def row(task: str) -> dict[str, Any]:
     module, inputs = trained(name), (digits()[0][:32],)
     found: dict[str, Any] = {"family": "trained", "model": name, "fault": "untrained layer" if place else "", "place": place}
     if place:
-        layers = layers_of(module, inputs)
-        weight, layer = layers[min(len(layers) - 1, int(place) * len(layers) // 3)]
+        matrices, layer = _layers(module)[_picked(module)[int(place)]]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             layer.reset_parameters()
-        found.update(changed=[weight], codes=("IA501",))
+        found.update(changed=matrices, codes=("IA501",))
     began = time.process_time()
     with quiet():
         said = audit(module, inputs)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from initaudit import audit
 from initaudit.expect.recognise import recognise
 from initaudit.expect.schemes import catalogue, site_of
 from initaudit.measure.observation import observe, orthogonal_gain
@@ -210,3 +211,51 @@ def test_schemes_that_the_catalogue_does_not_name(name):
     assert found.verdict == verdict
     assert bool(found.schemes) == (first is not None)
     assert not first or found.schemes[0].name.startswith(first)
+
+
+SMALL = [((48, 8), LINEAR), ((8, 32), LINEAR), ((10, 64), LINEAR), ((16, 4), LINEAR), ((16, 3, 3, 3), KERNEL)]
+
+
+@pytest.mark.parametrize(("shape", "axes"), SMALL, ids=str)
+def test_few_uniform_values_are_known_by_the_grid_of_their_generator(shape, axes):
+    site = site_of(shape, axes)
+    weight, bound = torch.empty(shape), 1 / math.sqrt(math.prod(shape[1:]))
+    for seed in range(10):
+        torch.manual_seed(seed)
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        drawn = recognise(observe(weight.numpy()), site)
+        assert (drawn.verdict, drawn.decisive) == ("init", True)
+        # One step of 1e-5 of the bound, and one of weight decay: the law is as good as before, the digits are not.
+        step = (weight + 1e-5 * bound * torch.randn(shape)).clamp(-bound, bound)
+        for later in (step, weight * (1 - 1e-5)):
+            assert recognise(observe(later.numpy()), site).verdict != "init"
+        # A generator of 53 bits leaves no grid in float32, and nothing is claimed.
+        double = np.random.default_rng(seed).uniform(-bound, bound, shape).astype(np.float32)
+        assert recognise(observe(double), site).verdict == "unknown"
+
+
+def test_values_of_no_more_digits_than_their_bound_are_on_the_grid():
+    # The sum is rounded apart from the product, as without a fused operation.
+    site = site_of((24, 12), LINEAR)
+    bound = np.float32(1 / math.sqrt(12))
+    u = np.random.default_rng(0).integers(0, 2**24, site.shape).astype(np.float32) * np.float32(2**-24)
+    apart = u * (2 * bound) - bound
+    assert recognise(observe(apart), site).verdict == "init"
+    assert recognise(observe(apart.astype(np.float16)), site).verdict == "unknown"
+
+
+def test_a_small_layer_made_again_in_a_trained_network_is_found_and_none_else():
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    y = x.argmax(1)
+    module = nn.Sequential(
+        nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 8)
+    )
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    assert [f.code for f in audit(module, (x,)).findings if f.code == "IA501"] == []
+    module[2].reset_parameters()
+    assert [f.tensor for f in audit(module, (x,)).findings if f.code == "IA501"] == ["2.weight"]

@@ -38,6 +38,9 @@ ENOUGH = 1000
 PLENTY = 50_000
 # A block of fewer rows or columns has no spectrum worth the asymptotic law.
 LEAST_SIDE = 12
+# Random bits behind a float32 draw of [0, 1): 23 to 25 by framework, device and half of the interval. Values that were moved
+# meet the grid that these make with this probability at most, before they count as drawn.
+_GRID, _BY_CHANCE = 2.0**-24, 1e-9
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,13 @@ def recognise(seen: Observation, site: Site) -> Recognition:
             known[law] = _independence(seen, site, law)
         return known[law]
 
+    gridded = False
     for scheme in catalogue(site):
         if scheme.distribution != "constant":
             fit = _fit(seen, scheme, independence)
             fits += [fit] if fit is not None else []
+            if fit is not None and scheme.distribution == "uniform" and m.count < ENOUGH:
+                gridded = gridded or _on_grid(seen, scheme.bound)
     free = not fits
     if free:
         for scheme in _free(seen):
@@ -101,8 +107,9 @@ def recognise(seen: Observation, site: Site) -> Recognition:
     fits.sort(key=lambda f: -f.p_value)
     independence(NORMAL)
     kindest = max(known.values(), key=lambda tests: min(tests.values(), default=1.0))
+    verdict = "init" if gridded else _verdict(seen, fits, free)
     return Recognition(
-        tuple(fits), _verdict(seen, fits, free), free and bool(fits), _decisive(seen, fits, free), tuple(kindest.items())
+        tuple(fits), verdict, free and bool(fits), gridded or _decisive(seen, fits, free), tuple(kindest.items())
     )
 
 
@@ -132,6 +139,30 @@ def _verdict(seen: Observation, fits: list[Fit], free: bool) -> Literal["init", 
 def _decisive(seen: Observation, fits: list[Fit], free: bool) -> bool:
     bounded = any("uniform" in f.name or "default" in f.name for f in fits) and abs(seen.moments.kurtosis - 1.8) < 0.2
     return bool(fits) and not free and ((bounded and seen.moments.count >= ENOUGH) or seen.moments.count >= PLENTY)
+
+
+def _on_grid(seen: Observation, bound: float) -> bool:
+    """Whether float32 values still lie where a generator of uniform numbers put them, which no step of training leaves so.
+
+    A framework draws `bound * (2u - 1)` from a u of some 24 random bits. Around zero float32 has far more digits than that, and
+    a value that was moved, or scaled, shows them. The product and the sum are rounded once (a fused operation: the values are
+    the grid's, to their own last digit) or twice (then they have no digits below those of the bound).
+    """
+    b = np.float32(bound)
+    inner = seen.sample[(np.abs(seen.sample) < b / 2) & (seen.sample != 0)]
+    if seen.spacing or not inner.size:
+        return False
+    places, size = inner / (_GRID * float(b)), np.abs(inner) / float(b)
+    off = np.abs(places - np.round(places))
+    # Half a last digit, half of one more where the bound was rounded, and where the grid's own half step was put.
+    once = bool(np.all(off <= 1.5 * size + 1 / 128))
+    step = float(np.spacing(b)) / 2
+    twice = bool(np.all(inner % step == 0))
+    chances = 3 * size + 1 / 64, np.spacing(np.abs(inner).astype(np.float32)).astype(np.float64) / step
+    return any(
+        fits and float(np.log(np.minimum(1.0, chance)).sum()) < math.log(_BY_CHANCE)
+        for fits, chance in zip((once, twice), chances, strict=True)
+    )
 
 
 def _free_normal(seen: Observation, name: str) -> Scheme:
