@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 
 from initaudit.expect.laws import (
     NORMAL,
-    UNIFORM,
     Law,
     anderson_darling,
     chi_square,
@@ -28,6 +28,7 @@ from initaudit.expect.laws import (
     two_sided,
 )
 from initaudit.expect.schemes import Scheme, Site, catalogue
+from initaudit.measure.moments import Moments
 from initaudit.measure.observation import Observation
 
 # A scheme whose p-value, corrected for the number of tests, is below this is not in the set.
@@ -36,6 +37,8 @@ LEVEL = 2e-4
 ENOUGH = 1000
 # From this many on a normal tensor does not stay one through training, and a law of free scale says something.
 PLENTY = 50_000
+# Standard deviations of a test of mean or variance beyond which a scheme of three tests or more is not in the set.
+_BEYOND = 4.0
 # A block of fewer rows or columns has no spectrum worth the asymptotic law.
 LEAST_SIDE = 12
 # Random bits behind a float32 draw of [0, 1): 23 to 25 by framework, device and half of the interval. Values that were moved
@@ -80,10 +83,8 @@ def recognise(seen: Observation, site: Site) -> Recognition:
         return Recognition((Fit(seen.structure, 1.0, m.variance),), "init", decisive=True)
     if seen.structure in ("orthogonal", "delta_orthogonal"):
         return Recognition((Fit(f"{seen.structure}({seen.gain:.4g})", 1.0, m.variance),), "init", decisive=True)
-    fits = []
     if seen.sparsity:
-        fit = _fit(seen, _free_normal(seen, f"sparse({seen.sparsity:.3g}, {m.std:.4g})"), lambda law: {})
-        fits = [fit] if fit is not None else []
+        fits = _fits(seen, [_free_normal(seen, f"sparse({seen.sparsity:.3g}, {m.std:.4g})")], lambda law: {})
         return Recognition(tuple(fits), _verdict(seen, fits, False), True, bool(fits))
     known: dict[Law, dict[str, float]] = {}
 
@@ -92,18 +93,13 @@ def recognise(seen: Observation, site: Site) -> Recognition:
             known[law] = _independence(seen, site, law)
         return known[law]
 
-    gridded = False
-    for scheme in catalogue(site):
-        if scheme.distribution != "constant":
-            fit = _fit(seen, scheme, independence)
-            fits += [fit] if fit is not None else []
-            if fit is not None and scheme.distribution == "uniform" and m.count < ENOUGH:
-                gridded = gridded or _on_grid(seen, scheme.bound)
+    plausible = _plausible(seen, site)
+    fits = _fits(seen, plausible, independence)
+    few = {fit.name for fit in fits} if m.count < ENOUGH else set()
+    gridded = any(s.name in few and s.distribution == "uniform" and _on_grid(seen, s.bound) for s in plausible)
     free = not fits
     if free:
-        for scheme in _free(seen):
-            fit = _fit(seen, scheme, independence)
-            fits += [fit] if fit is not None else []
+        fits = _fits(seen, _free(seen), independence)
     fits.sort(key=lambda f: -f.p_value)
     independence(NORMAL)
     kindest = max(known.values(), key=lambda tests: min(tests.values(), default=1.0))
@@ -117,8 +113,7 @@ def moment_p_value(seen: Observation, scheme: Scheme) -> float:
     """The p-value of mean, variance, extremes and kurtosis under a scheme that is no constant; 0 for values that are one."""
     if seen.moments.count == 0 or seen.moments.nan or seen.moments.inf or seen.moments.m2 == 0:
         return 0.0
-    law = law_of(scheme.distribution, scheme.bound, scheme.variance) if scheme.distribution == "truncated" else _simple(scheme)
-    tests = _moment_tests(seen, scheme, law)
+    tests = _moment_tests(seen, _law(scheme), scheme.variance)
     return min(1.0, min(tests) * len(tests))
 
 
@@ -173,7 +168,7 @@ def _free_normal(seen: Observation, name: str) -> Scheme:
 def _free(seen: Observation) -> list[Scheme]:
     """Laws whose scale is taken from the values."""
     m = seen.moments
-    largest, variance = max(abs(m.min), abs(m.max)), m.moment2
+    largest, variance = _largest(m), m.moment2
     law = truncated_law(2.0)
     # A uniform law's bound is just above the largest value, as far as this is known after rounding.
     low, high = largest * (1 - seen.spacing), largest * (1 + seen.spacing + 1 / m.count)
@@ -185,10 +180,43 @@ def _free(seen: Observation) -> list[Scheme]:
     ]
 
 
-def _fit(seen: Observation, scheme: Scheme, independence: Callable[[Law], dict[str, float]]) -> Fit | None:
-    """The fit of a scheme, or None where its p-value is below LEVEL. Cheap tests first: most schemes fall at the variance."""
-    law = law_of(scheme.distribution, scheme.bound, scheme.variance) if scheme.distribution == "truncated" else _simple(scheme)
-    tests = _moment_tests(seen, scheme, law)
+@lru_cache(maxsize=64)
+def _drawn(site: Site) -> tuple[tuple[Scheme, ...], tuple[np.ndarray[Any, Any], ...]]:
+    """The schemes of a site that are no constants, and as vectors their variances and their laws' fourth moments and cuts."""
+    schemes = tuple(s for s in catalogue(site) if s.distribution != "constant")
+    table = [(s.variance, _law(s).moment4, _law(s).cut) for s in schemes]
+    return schemes, tuple(np.array(table, np.float64).reshape(-1, 3).T.copy())
+
+
+def _plausible(seen: Observation, site: Site) -> list[Scheme]:
+    """The schemes of a site that mean, variance and largest value leave: `_moment_tests` says the same of one at a time."""
+    schemes, (variances, fourth, cuts) = _drawn(site)
+    m, largest = seen.moments, _largest(seen.moments) * (1 - _slack(seen))
+    with np.errstate(over="ignore"):
+        spread2 = (fourth - 1) / (9 * m.count)  # 2/9 of the degrees of freedom's inverse
+        off = np.abs(np.cbrt(m.moment2 / variances) - (1 - spread2)) > _BEYOND * np.sqrt(spread2)
+        off |= m.mean * m.mean * m.count > _BEYOND**2 * variances
+        off |= largest > cuts * np.sqrt(variances) * (1 + 1e-9)
+    return [schemes[i] for i in np.flatnonzero(~off).tolist()]
+
+
+def _fits(seen: Observation, schemes: list[Scheme], independence: Callable[[Law], dict[str, float]]) -> list[Fit]:
+    """The schemes whose p-value is not below LEVEL; of those that are one law under several names the values are asked once."""
+    known: dict[tuple[Law, str], float | None] = {}
+    found = []
+    for scheme in schemes:
+        law, variance = _law(scheme), scheme.variance
+        key = law, f"{variance:.12g}"
+        if key not in known:
+            known[key] = _p_value(seen, law, variance, independence)
+        if (p := known[key]) is not None:
+            found.append(Fit(scheme.name, p, variance))
+    return found
+
+
+def _p_value(seen: Observation, law: Law, variance: float, independence: Callable[[Law], dict[str, float]]) -> float | None:
+    """The p-value of all tests together, or None where it is below LEVEL. Cheap tests first."""
+    tests = _moment_tests(seen, law, variance)
     if min(tests) * len(tests) < LEVEL:
         return None
     tests += list(independence(law).values())
@@ -196,9 +224,9 @@ def _fit(seen: Observation, scheme: Scheme, independence: Callable[[Law], dict[s
     if min(tests) * count < LEVEL:
         return None
     if seen.sample.size >= 8:
-        tests.append(anderson_darling(_within(seen.sample / math.sqrt(scheme.variance), law, seen.spacing), law))
+        tests.append(anderson_darling(_within(seen.sample / math.sqrt(variance), law, seen.spacing), law))
     p = min(1.0, min(tests) * count)
-    return Fit(scheme.name, p, scheme.variance) if p >= LEVEL else None
+    return p if p >= LEVEL else None
 
 
 def _within(ordered: np.ndarray[Any, Any], law: Law, spacing: float) -> np.ndarray[Any, Any]:
@@ -210,21 +238,19 @@ def _within(ordered: np.ndarray[Any, Any], law: Law, spacing: float) -> np.ndarr
     return np.sort(np.where(beyond & (np.abs(ordered) <= law.cut * (1 + spacing)), reflected, ordered))
 
 
-def _simple(scheme: Scheme) -> Law:
-    return NORMAL if scheme.distribution == "normal" else UNIFORM
+def _law(scheme: Scheme) -> Law:
+    return law_of(scheme.distribution, scheme.bound, scheme.variance)
 
 
-def _moment_tests(seen: Observation, scheme: Scheme, law: Law) -> list[float]:
-    """p-values of the mean, the variance, the extremes and the kurtosis."""
-    m, n, v = seen.moments, seen.moments.count, scheme.variance
+def _moment_tests(seen: Observation, law: Law, variance: float) -> list[float]:
+    """p-values of the mean, the variance, the extremes and the kurtosis under a law of mean 0."""
+    m, n, v = seen.moments, seen.moments.count, variance
     k = law.moment4
     ratio = m.moment2 / v
     # Wilson & Hilferty's cube root for n x^2/v, whose variance is (k - 1) n instead of 2 n.
     degrees = 2 * n / (k - 1)
     tests = [two_sided(m.mean * math.sqrt(n / v)), chi_square(ratio * degrees, degrees)]
-    std = math.sqrt(v)
-    largest = max(abs(m.min), abs(m.max)) / std
-    slack = seen.spacing / 2 + 1e-6
+    largest, slack = _largest(m) / math.sqrt(v), _slack(seen)
     if largest * (1 - slack) > law.cut:
         tests.append(0.0)
     else:
@@ -235,6 +261,15 @@ def _moment_tests(seen: Observation, scheme: Scheme, law: Law) -> list[float]:
     if n >= 5000:
         tests.append(two_sided((m.kurtosis - k) / math.sqrt(law.kurtosis_variance / n + seen.spacing**4)))
     return tests
+
+
+def _largest(moments: Moments) -> float:
+    return max(abs(moments.min), abs(moments.max))
+
+
+def _slack(seen: Observation) -> float:
+    """How far the largest value may have been rounded, as a share of it."""
+    return seen.spacing / 2 + 1e-6
 
 
 def _independence(seen: Observation, site: Site, law: Law) -> dict[str, float]:
@@ -253,21 +288,22 @@ def _independence(seen: Observation, site: Site, law: Law) -> dict[str, float]:
             ("tap", by_tap[0].sum(0), by_tap[1].sum(0), rows * site.shape[1]),
         ]
     for name, first, second, length in families:
-        tests[f"{name} sums"] = chi_square(float(np.sum(first**2)) / (length * v), first.size)
+        tests[f"{name} sums"] = chi_square(float(first @ first) / (length * v), first.size)
         if first.size > 2:
             tests[f"{name} norms"] = _dispersion(second / v, length, law)
-    for name, (correlation, count) in zip(("along rows", "along columns"), seen.lags, strict=False):
+    for name, (correlation, count) in zip(("along rows", "along columns"), seen.spectrum.lags, strict=False):
         if count > 100:
             tests[f"neighbours {name}"] = two_sided(correlation * math.sqrt(count))
-    if min(seen.block) >= LEAST_SIDE:
-        tests["largest singular value"] = marchenko_pastur_edge(seen.largest, *sorted(seen.block))
+    if min(seen.spectrum.shape) >= LEAST_SIDE:
+        tests["largest singular value"] = marchenko_pastur_edge(seen.spectrum.largest, *sorted(seen.spectrum.shape))
     return tests
 
 
 def _dispersion(squares: np.ndarray[Any, Any], length: int, law: Law) -> float:
     """The p-value of the spread of sums of `length` squares of independent values of variance 1."""
     n = squares.size
-    ratio = float(np.var(squares, ddof=1)) / (length * (law.moment4 - 1))
+    off = squares - np.add.reduce(squares) / n
+    ratio = float(off @ off) / (n - 1) / (length * (law.moment4 - 1))
     # The variance of a sample variance: (kurtosis - 1)/n of its square, nearly; that of a sum shrinks with its length.
     kurtosis = 3 + (law.square_kurtosis - 3) / length
     degrees = 2 * (n - 1) / (kurtosis - 1)

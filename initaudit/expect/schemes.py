@@ -7,6 +7,7 @@ file of its family; its name begins with one of `FIRST_WORDS`, and parameters st
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from initaudit.expect import schemes_by_fan, schemes_fixed
 from initaudit.expect.scheme import Scheme, Site, site_of
@@ -20,6 +21,7 @@ FIRST_WORDS = (
 )
 
 
+@lru_cache(maxsize=64)
 def catalogue(site: Site) -> tuple[Scheme, ...]:
     """Every scheme for this site, each name once; where two makers give a name, the first counts."""
     found: dict[str, Scheme] = {}

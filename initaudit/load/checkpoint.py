@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import ml_dtypes
@@ -37,6 +38,7 @@ class Array:
         return self.open()
 
 
+@lru_cache(maxsize=64)
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """numpy's dtype for a name that numpy or ml_dtypes knows; raises TypeError for another."""
     dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name, name))

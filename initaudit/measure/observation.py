@@ -10,13 +10,12 @@ import numpy as np
 
 from initaudit.measure.blocks import WINDOW, forget
 from initaudit.measure.moments import Moments, measure
+from initaudit.measure.spectrum import NO_SPECTRUM, Spectrum, spectrum
 from initaudit.measure.units import UnitSums, as_matrix, measure_matrix, measure_units
 
 Vector = np.ndarray[Any, Any]
 
 SAMPLE = 16_384  # values drawn for tests of the distribution
-SIDE = 1024  # rows and columns of the block whose spectrum is taken
-STEPS = 24  # of the power iteration; stopping early makes the largest value smaller, never larger
 # Bits of a float32's fraction, and how many of them have to be zero in every value of a sample that was rounded: a product of
 # a few bits has some zeros, a value of another type has 13 (float16) or more.
 _FRACTION, _ROUNDED = 23, 10
@@ -36,10 +35,8 @@ class Observation:
     `moments` and `sums` leave out rows of exact zeros (a padding index) and, where `sparsity` is not 0, all zeros. `sample`
     is an ascending sample of at most SAMPLE values, those that were rounded spread evenly over what they were rounded from.
     `spacing` is the relative spacing of the values (of integers: at the largest), 0 where they have the digits of float32.
-    `largest` is the largest eigenvalue of B B^T for a block B of shape `block`, divided by its mean square; `lags` the
-    correlations of neighbours along rows and columns with their counts. `structure` is "identity", "dirac", "orthogonal",
-    "delta_orthogonal"
-    or "". `gain` is that of an orthogonal matrix.
+    `spectrum` is that of a block of it. `structure` is "identity", "dirac", "orthogonal", "delta_orthogonal" or "". `gain` is
+    that of an orthogonal matrix.
     """
 
     shape: tuple[int, ...]
@@ -47,9 +44,7 @@ class Observation:
     sums: UnitSums | None = field(repr=False)
     sample: Vector = field(repr=False)
     spacing: float = 0.0
-    block: tuple[int, int] = (0, 0)
-    largest: float = math.nan
-    lags: tuple[tuple[float, int], ...] = ()
+    spectrum: Spectrum = NO_SPECTRUM
     structure: str = ""
     gain: float = math.nan
     sparsity: float = 0.0
@@ -144,8 +139,8 @@ def _observed(
             row_squares=sums.row_squares[~zero],
         )
     sample = _sample(picked, digits, dropped > 0)
-    block, largest, lags = _spectrum(matrix, np.flatnonzero(~zero), kept)
-    return Observation(array.shape, kept, sums, sample, spacing, block, largest, lags, structure, gain, sparsity, zero_rows)
+    found = spectrum(matrix, np.flatnonzero(~zero), kept)
+    return Observation(array.shape, kept, sums, sample, spacing, found, structure, gain, sparsity, zero_rows)
 
 
 def _without_zeros(moments: Moments, dropped: int) -> Moments:
@@ -195,45 +190,6 @@ def _sample(values: Vector, digits: _Digits, drop_zeros: bool) -> Vector:
         step = np.ldexp(digits.relative, np.maximum(np.frexp(np.abs(values))[1] - 1, digits.floor))
         values = values + step * (np.random.default_rng(values.size).random(values.size) - 0.5)
     return np.sort(values)
-
-
-def _spectrum(
-    matrix: np.ndarray[Any, Any], alive: Vector, moments: Moments
-) -> tuple[tuple[int, int], float, tuple[tuple[float, int], ...]]:
-    """(shape of a block B of the rows `alive`, top eigenvalue of B B^T over the mean square, correlations of neighbours)."""
-    rows, columns = min(SIDE, alive.size), min(SIDE, matrix.shape[1])
-    # Rows spread over the matrix: of a table, the first are often the ones that training touches most. Columns that lie
-    # together, so that neighbours are neighbours.
-    picked = alive[np.linspace(0, alive.size - 1, rows).astype(np.int64)]
-    left = (matrix.shape[1] - columns) // 2
-    every = rows == matrix.shape[0]
-    block = _rows_of(matrix[:, left : left + columns], np.arange(rows) if every else picked, matrix)
-    # Scaled first: squares of the smallest and largest values leave the range of float32.
-    b = (block.astype(np.float64) / math.sqrt(moments.moment2)).astype(np.float32)
-    total = float(np.sum(b * b, dtype=np.float64))
-    if not total > 0:
-        return (0, 0), math.nan, ()
-    lags = [(float(np.sum(np.vecdot(b[:, 1:], b[:, :-1]), dtype=np.float64)) / total, rows * (columns - 1))]
-    if every:
-        lags.append((float(np.sum(np.vecdot(b[1:], b[:-1]), dtype=np.float64)) / total, (rows - 1) * columns))
-    vector = np.random.default_rng(0).normal(size=rows).astype(np.float32)
-    value = 0.0
-    for _ in range(STEPS):
-        vector = b @ (vector @ b)
-        norm = float(np.linalg.norm(vector))
-        vector /= max(norm, 1e-30)
-        value = norm
-    return (rows, columns), value * rows * columns / total, tuple(lags)
-
-
-def _rows_of(view: np.ndarray[Any, Any], picked: Vector, whole: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The rows `picked` of a view of `whole`: with each row of a file some megabytes around it come into memory."""
-    parts = []
-    for places in np.array_split(picked, 32 if whole.nbytes > WINDOW else 1):
-        parts.append(view[places])
-        if whole.nbytes > WINDOW:
-            forget(whole)
-    return np.concatenate(parts)
 
 
 def _structure(

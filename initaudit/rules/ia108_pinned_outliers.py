@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from initaudit.measure.blocks import blocks, forget
+from initaudit.measure.blocks import blocks, flat, forget
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import each, expression_of
@@ -20,6 +20,9 @@ _SHARE = 0.01  # more than this share at one value is a distribution of its own,
 _POWER = 0.5  # of all other weights together: below, the layer does what its law made it do
 _SAMPLE = 1 << 20
 _NORMAL_MEDIAN = 0.6745  # of |z| for z ~ N(0, 1)
+# A stretch in each of as many places tells the spread to a few per cent; a tensor whose largest value is nearer than this share
+# of what it takes need not be read again.
+_FEW, _NEARLY = 128, 0.75
 
 
 class PinnedOutliers(Rule):
@@ -106,6 +109,8 @@ def _pinned(layer: LayerEvidence, far: float, share: float) -> tuple[float, int,
     if not moments.m2 > 0 or moments.count < 1000 or not largest > min(6.0, far) * moments.std:
         return None
     values = layer.read()
+    if largest < _NEARLY * far * _spread(values):
+        return None
     step = max(1, values.size // _SAMPLE)
     picked, seen, at = [], 0, 0
     for block in blocks(values):
@@ -118,6 +123,16 @@ def _pinned(layer: LayerEvidence, far: float, share: float) -> tuple[float, int,
     if not spread > 0 or largest < far * spread or at > share * values.size:
         return None
     return (moments.min if -moments.min >= moments.max else moments.max), at, spread
+
+
+def _spread(values: np.ndarray[Any, Any]) -> float:
+    """The spread of the bulk as a few values tell, in stretches as long as they are far fewer to fetch from a file."""
+    line = flat(values)
+    if line is None or line.size < _FEW**2 * 8:
+        return 0.0
+    starts = np.linspace(0, line.size - _FEW, _FEW).astype(np.int64)
+    picked = np.concatenate([line[start : start + _FEW] for start in starts])
+    return float(np.median(np.abs(picked.astype(np.float32)))) / _NORMAL_MEDIAN
 
 
 def _pin(model: Any) -> None:
