@@ -9,7 +9,7 @@ setup(
         Extension(
             "initaudit.measure._kernel",
             [f"{KERNEL}/kernel.c"],
-            depends=[f"{KERNEL}/pass.h", f"{KERNEL}/lanes.h"],
+            depends=[f"{KERNEL}/{name}.h" for name in ("pass", "block", "lanes")],
             extra_compile_args=["-O3", "-g0"],
             # numpy does the same without it (initaudit/measure/fused.py).
             optional=True,

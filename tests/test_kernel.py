@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from initaudit.measure import fused
+from initaudit.measure import fused, spectrum
 from initaudit.measure.moments import Moments, measure, merge
 from initaudit.measure.units import measure_units
 
@@ -315,3 +315,78 @@ def test_a_survey_takes_what_is_a_buffer_only(kernel):
     with pytest.raises((ValueError, BufferError)):
         kernel.survey(np.ones((4, 4), np.float32).T, -1)
     assert kernel.survey(np.ones(0, np.float32), -1) == (0.0, 0.0, float("inf"), float("-inf"))
+
+
+@pytest.mark.parametrize("dtype", WIDE + NARROW, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(("columns", "left", "width"), [(1, 0, 1), (40, 3, 17), (300, 40, 256), (70, 70, 0), (33, 0, 33)])
+def test_rows_are_gathered_as_the_cast_reads_them(fast, dtype, columns, left, width):
+    matrix = normal((9, columns), dtype)
+    places = np.array([0, 3, 3, 8])
+    found = np.full((4, width), 7.0, np.float32)
+    assert fused.gather(matrix, places, left, found)
+    np.testing.assert_array_equal(found, matrix[places, left : left + width].astype(np.float32))
+    assert not fused.gather(matrix.T, places[:1], 0, found) or columns == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 50), (50, 3), (35, 41), (64, 128), (130, 1024), (500, 77)])
+@pytest.mark.parametrize("rank", [2, 1000])
+def test_a_krylov_space_is_the_same_with_and_without_the_kernel(fast, shape, rank):
+    rng = np.random.default_rng(0)
+    b = rng.normal(size=(shape[0], min(rank, *shape))) @ rng.normal(size=(min(rank, *shape), shape[1]))
+    start = rng.normal(size=shape[1])
+    found = []
+    for search in (fused.krylov, spectrum._krylov):
+        basis, images = np.zeros((7, shape[1]), np.float32), np.zeros((6, shape[0]), np.float32)
+        basis[0] = start
+        made = search(b.astype(np.float32), basis, images)
+        assert made is None or made <= min(6, rank + 1)
+        wide = images.astype(np.float64)
+        found.append(np.linalg.eigvalsh(wide @ wide.T)[-1])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_nothing_is_written_beside_a_block(kernel):
+    """Between guards, for every remainder of a vector's length."""
+    for rows, columns in ((1, 1), (3, 17), (5, 31), (6, 100), (9, 1023)):
+        matrix = normal((rows, columns), np.float32)
+        room = np.full(rows * columns + 32, 7, np.float32)
+        kernel.gather(0, matrix, rows, columns, None, np.arange(rows), 0, columns, room[16:-16], -1)
+        np.testing.assert_array_equal(room[16:-16].reshape(rows, columns), matrix)
+        basis, images = np.full(3 * columns + 32, 7, np.float32), np.full(2 * rows + 32, 7, np.float32)
+        basis[16 : 16 + columns] = 1
+        kernel.krylov(matrix, rows, columns, 2, basis[16:-16], images[16:-16], -1)
+        for guarded in (room, basis, images):
+            assert (guarded[:16] == 7).all()
+            assert (guarded[-16:] == 7).all()
+        np.testing.assert_allclose(images[16 : 16 + rows], matrix.sum(1) / np.sqrt(columns), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": 4}, {"rows": 9}, {"rows": -1}, {"columns": 2**60}, {"left": 9}, {"left": -1}, {"width": 17}, {"width": -1},
+        {"places": np.array([8])}, {"places": np.array([0, -1])}, {"places": np.arange(6)}, {"to": np.zeros(39, np.float32)},
+        {"kind": 3, "table": np.zeros(255, np.uint16)}, {"rows": 0}, {"rows": 0, "columns": 2**39, "width": 2**39},
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_there_are_refused(kernel, change):
+    given = {"kind": 0, "data": np.ones((8, 16), np.float32), "rows": 8, "columns": 16, "table": None}
+    given |= {"places": np.arange(5), "left": 8, "width": 8, "to": np.zeros(40, np.float32), "level": -1}
+    assert kernel.gather(*given.values()) is None
+    with pytest.raises(ValueError):
+        kernel.gather(*(given | change).values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 9}, {"columns": 17}, {"rows": -1}, {"steps": -1}, {"steps": 3}, {"rows": 2**40}, {"columns": 2**62},
+        {"basis": np.zeros(47, np.float32)}, {"images": np.zeros(15, np.float32)}, {"basis": np.zeros(200, np.uint8)[1:197]},
+    ],
+)  # fmt: skip
+def test_a_space_without_room_is_refused(kernel, change):
+    given = {"block": np.ones((8, 16), np.float32), "rows": 8, "columns": 16, "steps": 2}
+    given |= {"basis": np.ones(48, np.float32), "images": np.zeros(16, np.float32), "level": -1}
+    assert kernel.krylov(*given.values()) == 1
+    with pytest.raises(ValueError):
+        kernel.krylov(*(given | change).values())

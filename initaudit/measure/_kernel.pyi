@@ -6,6 +6,7 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+VERSION: int  # of these functions
 LEVELS: int  # instruction sets that this processor has, of plain, AVX2 and AVX-512
 
 def measure(
@@ -21,4 +22,18 @@ def measure(
     level: int,
     /,
 ) -> tuple[int, float, float, float, float, float, float, int, int, int]: ...
+def gather(
+    kind: int,
+    data: Array,
+    rows: int,
+    columns: int,
+    table: Array | None,
+    places: Array,
+    left: int,
+    width: int,
+    to: Array,
+    level: int,
+    /,
+) -> None: ...
+def krylov(block: Array, rows: int, columns: int, steps: int, basis: Array, images: Array, level: int, /) -> int: ...
 def survey(data: Array, level: int, /) -> tuple[float, float, float, float]: ...

@@ -1,5 +1,7 @@
 """The pass in C over every element (kernel/kernel.c), where the package was built with a compiler; where not, numpy does it.
 
+So are what is slow, or keeps other threads from running, in numpy: a block of rows as float32, and products with it.
+
 What it finds differs from numpy's in nothing but the last digits: it sums in float64 (types of one byte in float32, a few at a
 time), numpy in float32 in runs of 512.
 """
@@ -20,6 +22,8 @@ else:
     try:
         from initaudit.measure import _kernel as kernel
     except ImportError:
+        kernel = None
+    if getattr(kernel, "VERSION", None) != 2:  # what a working copy built before its sources were changed
         kernel = None
 
 Vector = np.ndarray[Any, Any]
@@ -79,6 +83,25 @@ def survey(line: Vector) -> tuple[float, float, float, float] | None:
     squares is then 0, infinite or not a number.
     """
     return None if kernel is None else kernel.survey(line, level)
+
+
+def gather(matrix: Vector, places: Vector, left: int, to: Vector) -> bool:
+    """Puts rows `places` of a matrix, from column `left` on, into the float32 rows of `to`; False where numpy has to do it."""
+    reader = reader_of(matrix.dtype)
+    if reader is None or not (matrix.flags.c_contiguous and matrix.dtype.isnative):
+        return False
+    (rows, columns), at = matrix.shape, np.ascontiguousarray(places)
+    kernel.gather(reader.kind, matrix.view(reader.raw), rows, columns, reader.table, at, left, to.shape[1], to, level)
+    return True
+
+
+def krylov(block: Vector, basis: Vector, images: Vector) -> int | None:
+    """How many directions the Krylov space of a contiguous float32 `block` has, len(images) at most; None without a kernel.
+
+    `basis` begins with the vector to start from and has one row more than `images`, the products of the block with the basis.
+    """
+    rows, columns = block.shape
+    return None if kernel is None else kernel.krylov(block, rows, columns, len(images), basis, images, level)
 
 
 def new_sums(rows: int, columns: int) -> Vector:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from initaudit.measure import fused
 from initaudit.measure.blocks import WINDOW, forget
 from initaudit.measure.moments import Moments
 
@@ -18,7 +19,7 @@ SIDE = 1024  # rows and columns of the block whose spectrum is taken
 # block with one value that stands out less than 0.1 %; 24 steps of the power iteration come no nearer.
 STEPS = 10
 _FEW = 32  # rows or columns: with so few the spectrum itself is sooner found than its largest value
-_BAND = 256  # rows, 1 MiB of float32: they are multiplied from both sides while they are in a second-level cache
+_ROUNDING = 1e-5  # what is left, as a share, of a vector in a space when all directions of the space are taken out
 # Mean squares within these bounds leave the squares of sums of products in the range of float32.
 _SMALLEST, _LARGEST = 1e-12, 1e12
 
@@ -42,14 +43,8 @@ def spectrum(matrix: np.ndarray[Any, Any], alive: Vector, moments: Moments) -> S
     every = rows == matrix.shape[0]
     # Rows spread over the matrix: of a table, the first are often the ones that training touches most. Columns that lie
     # together, so that neighbours are neighbours.
-    left = (matrix.shape[1] - columns) // 2
-    block = matrix[:, left : left + columns]
-    if not every:
-        block = _rows_of(block, alive[np.linspace(0, alive.size - 1, rows).astype(np.int64)], matrix)
-    if _SMALLEST < moments.moment2 < _LARGEST:
-        b = block.astype(np.float32)
-    else:
-        b = (block.astype(np.float64) / math.sqrt(moments.moment2)).astype(np.float32)
+    picked = np.arange(rows) if every else alive[np.linspace(0, alive.size - 1, rows).astype(np.int64)]
+    b = _block(matrix, picked, columns, moments)
     total = _sum_of_products(b, b)
     if not total > 0:
         return NO_SPECTRUM
@@ -68,35 +63,45 @@ def largest_eigenvalue(b: Vector) -> float:
         gram = b @ b.T if b.shape[0] <= b.shape[1] else b.T @ b
         return float(np.linalg.eigvalsh(gram.astype(np.float64))[-1])
     rows, columns = b.shape
-    basis, images = np.zeros((STEPS, columns), np.float32), np.zeros((STEPS, rows), np.float32)
-    vector = np.random.default_rng(0).normal(size=columns).astype(np.float32)
-    for step in range(STEPS):
-        length = math.sqrt(float(vector @ vector))
-        before = basis[:step]
-        for _ in range(2):  # what rounding leaves of the others the first time is gone after the second
-            vector = vector - (before @ vector) @ before
-        rest = math.sqrt(float(vector @ vector))
-        if not rest > 1e-5 * length:
-            break  # nothing but rounding: all directions that B has are in the space
-        basis[step] = vector / np.float32(rest)
-        vector = np.zeros(columns, np.float32)
-        for top in range(0, rows, _BAND):
-            band, image = b[top : top + _BAND], images[step, top : top + _BAND]
-            np.matmul(band, basis[step], out=image)
-            vector += image @ band
+    basis, images = np.zeros((STEPS + 1, columns), np.float32), np.zeros((STEPS, rows), np.float32)
+    basis[0] = np.random.default_rng(0).normal(size=columns)
+    if fused.krylov(b, basis, images) is None:
+        _krylov(b, basis, images)
     wide = images.astype(np.float64)
     return float(np.linalg.eigvalsh(wide @ wide.T)[-1])
+
+
+def _krylov(b: Vector, basis: Vector, images: Vector) -> None:
+    """As `fused.krylov`, in numpy."""
+    for step, image in enumerate(images):
+        vector, before = basis[step], basis[:step]
+        length = math.sqrt(float(vector @ vector))
+        for _ in range(2):  # what rounding leaves of the others the first time is gone after the second
+            vector -= (before @ vector) @ before
+        rest = math.sqrt(float(vector @ vector))
+        if not rest > _ROUNDING * length:
+            return  # all directions that B has are in the space
+        vector /= np.float32(rest)
+        np.matmul(b, vector, out=image)
+        np.matmul(image, b, out=basis[step + 1])
 
 
 def _sum_of_products(a: Vector, b: Vector) -> float:
     return float(np.sum(np.vecdot(a, b), dtype=np.float64))
 
 
-def _rows_of(view: np.ndarray[Any, Any], picked: Vector, whole: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The rows `picked` of a view of `whole`: with each row of a file some megabytes around it come into memory."""
-    parts = []
-    for places in np.array_split(picked, 32 if whole.nbytes > WINDOW else 1):
-        parts.append(view[places])
-        if whole.nbytes > WINDOW:
-            forget(whole)
-    return np.concatenate(parts)
+def _block(matrix: np.ndarray[Any, Any], picked: Vector, columns: int, moments: Moments) -> Vector:
+    """The middle `columns` of the rows `picked`, as float32; scaled where squares would leave its range."""
+    left, big = (matrix.shape[1] - columns) // 2, matrix.nbytes > WINDOW
+    block = np.empty((picked.size, columns), np.float32)
+    scale = 1.0 if _SMALLEST < moments.moment2 < _LARGEST else math.sqrt(moments.moment2)
+    top = 0
+    # With each row of a file some megabytes around it come into memory.
+    for places in np.array_split(picked, 32) if big else [picked]:
+        part = block[top : top + places.size]
+        if scale != 1 or not fused.gather(matrix, places, left, part):
+            part[:] = matrix[places, left : left + columns].astype(np.float64) / scale
+        top += places.size
+        if big:
+            forget(matrix)
+    return block

@@ -104,9 +104,10 @@ def _rank(evidence: Evidence, layer: LayerEvidence) -> tuple[int, int] | None:
     array = evidence.checkpoint.arrays.get(layer.tensor)
     rounding = _ROUNDING.get(array.dtype if array is not None else "", 1e-5)
     if min(stored.shape) >= _BLOCK:
-        # A matrix has no fewer directions than any block of it, and nearly all tell by a small one.
-        picked = [np.linspace(0, n - 1, _BLOCK).astype(np.int64) for n in stored.shape]
-        block = stored[picked[0]][:, picked[1]].astype(np.float64)
+        # A matrix has no fewer directions than any block of it, and nearly all tell by a small one. Rows that lie together
+        # are fetched from a file at once.
+        top, columns = (rows - _BLOCK) // 2, np.linspace(0, stored.shape[1] - 1, _BLOCK).astype(np.int64)
+        block = stored[top : top + _BLOCK][:, columns].astype(np.float64)
         if _directions(block, rounding) >= _SIDE:
             return _SIDE, _SIDE
     matrix = stored.astype(np.float32)
@@ -131,8 +132,10 @@ def _directions(matrix: np.ndarray[Any, Any], rounding: float) -> int:
     if not 0 < largest < math.inf:
         return 0
     # Scaled: squares of what uninitialised memory holds would be infinite.
-    singular = np.linalg.svd(matrix / largest, compute_uv=False)
-    return int(np.count_nonzero(singular > rounding * singular[0]))
+    matrix = matrix / largest
+    # The squares of the singular values: their rounding is 1e-15 of the largest, what is looked for 1e-10 at least.
+    squares = np.linalg.eigvalsh(matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix)
+    return int(np.count_nonzero(squares > rounding**2 * squares[-1]))
 
 
 def _outer(model: Any) -> None:

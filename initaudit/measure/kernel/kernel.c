@@ -1,4 +1,5 @@
-/* Everything that static rules read of a matrix, in one pass over its bytes; initaudit/measure/units.py calls it.
+/* Everything that static rules read of a matrix, in one pass over its bytes, and the spectrum of a block of it;
+   initaudit/measure/fused.py calls it.
 
    Sums are of float64 about a pilot near the mean, so that they depend on neither the order nor the partition of the values
    beyond the last digits; those of types of one byte are of float32 in short runs. Nothing here reads or writes beyond the
@@ -24,6 +25,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define ALIGNED __attribute__((aligned(64)))
 
+enum { VERSION = 2 }; /* of the functions: as in initaudit/measure/fused.py, which leaves one of another version alone */
 enum { FLOAT32, BFLOAT16, FLOAT16, BYTE };
 enum {
     TILE = 1024,   /* columns whose sums stay in a first-level cache: 16 KiB of them */
@@ -38,6 +40,8 @@ enum {
 static const double FAR = 4.0;
 /* Fourth powers of values within these bounds, and sums of many, stay in the range of float32. */
 static const float LARGEST = 1e8f, SMALLEST = 1e-8f;
+/* What is left of a vector when all directions of a space are taken out, where it lay in the space: as in spectrum.py. */
+static const float ROUNDING = 1e-5f;
 
 /* The value of each of n bytes, whose bfloat16 the table holds; the next row lies `next` bytes on. Returns how many are zero. */
 typedef int64_t widener(float *, const uint8_t *, int64_t n, int64_t next, const uint16_t *);
@@ -95,6 +99,7 @@ static int64_t look_up(float *to, const uint8_t *from, int64_t n, int64_t next, 
 #define SET plain
 #define LANES 4
 #include "pass.h"
+#include "block.h"
 #undef SET
 #undef LANES
 
@@ -114,6 +119,7 @@ ALLOW("avx2,fma,f16c")
 #define SET avx2
 #define LANES 8
 #include "pass.h"
+#include "block.h"
 #undef SET
 #undef LANES
 FORBID
@@ -122,6 +128,7 @@ ALLOW("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define SET avx512
 #define LANES 16
 #include "pass.h"
+#include "block.h"
 #undef SET
 #undef LANES
 FORBID
@@ -163,13 +170,17 @@ FORBID
 
 typedef void passer(const input *, output *);
 typedef void surveyor(const char *, int64_t, double[4]);
+typedef void converter(int, const char *, int64_t, float *);
+typedef int64_t searcher(const float *, int64_t, int64_t, int64_t, float *, float *);
 
 static struct {
     int levels;
     passer *pass[3];
     surveyor *survey[3];
+    converter *convert[3];
+    searcher *krylov[3];
     widener *widen;
-} best = {1, {pass_plain}, {survey_plain}, look_up};
+} best = {1, {pass_plain}, {survey_plain}, {widen_plain}, {krylov_plain}, look_up};
 
 static void choose_best(void)
 {
@@ -178,11 +189,15 @@ static void choose_best(void)
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
         return;
     best.survey[best.levels] = survey_avx2;
+    best.convert[best.levels] = widen_avx2;
+    best.krylov[best.levels] = krylov_avx2;
     best.pass[best.levels++] = pass_avx2;
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
         !__builtin_cpu_supports("avx512vl"))
         return;
     best.survey[best.levels] = survey_avx512;
+    best.convert[best.levels] = widen_avx512;
+    best.krylov[best.levels] = krylov_avx512;
     best.pass[best.levels++] = pass_avx512;
     if (__builtin_cpu_supports("avx512vbmi"))
         best.widen = permute;
@@ -264,14 +279,15 @@ static int take(PyObject *from, Py_buffer *to, int flags, int64_t bytes, size_t 
     return 0;
 }
 
+static const int sizes[] = {4, 2, 2, 1};
+static const int64_t limit = INT64_C(1) << 40;
+
 static int pass_arguments(PyObject *args, input *in, Py_buffer views[4], int *used, int *level)
 {
-    static const int sizes[] = {4, 2, 2, 1};
     Py_ssize_t rows, columns, top, all;
     PyObject *data, *table, *odd, *sums;
     if (!PyArg_ParseTuple(args, "iOnnOOOnni", &in->kind, &data, &rows, &columns, &table, &odd, &sums, &top, &all, level))
         return 0;
-    const int64_t limit = INT64_C(1) << 40;
     if (in->kind < FLOAT32 || in->kind > BYTE || rows < 0 || columns < 0 || top < 0 || all < rows || top > all - rows ||
         all > limit || columns > limit || (columns && rows > (limit >> 8) / columns)) {
         PyErr_SetString(PyExc_ValueError, "an unknown kind or an impossible shape");
@@ -348,8 +364,85 @@ static PyObject *kernel_survey(PyObject *self, PyObject *args)
     return Py_BuildValue("dddd", out[0], out[1], out[2], out[3]);
 }
 
+/* Whether a product of these is a number of elements that there can be; 0 and an exception where it is not. */
+static int few(int64_t count, int64_t width)
+{
+    if (width == 0 || count <= limit / width)
+        return 1;
+    PyErr_SetString(PyExc_ValueError, "an impossible shape");
+    return 0;
+}
+
+/* Rows `places` of a matrix, from column `left` on, as float32 rows of `width`. */
+static PyObject *kernel_gather(PyObject *self, PyObject *args)
+{
+    (void)self;
+    int kind, level, used = 0;
+    Py_ssize_t rows, columns, left, width;
+    PyObject *data, *table, *places, *to, *found = NULL;
+    Py_buffer views[4];
+    if (!PyArg_ParseTuple(args, "iOnnOOnnOi", &kind, &data, &rows, &columns, &table, &places, &left, &width, &to, &level))
+        return NULL;
+    if (kind < FLOAT32 || kind > BYTE || rows < 0 || columns < 0 || rows > limit || columns > limit ||
+        (columns && rows > (limit << 8) / columns) || left < 0 || width < 0 || width > columns || left > columns - width)
+        return PyErr_SetString(PyExc_ValueError, "an unknown kind or an impossible shape"), NULL;
+    const int64_t size = sizes[kind];
+    if (take(data, &views[0], PyBUF_SIMPLE, rows * columns * size, 1, "data") && ++used &&
+        take(places, &views[1], PyBUF_SIMPLE, 0, 8, "places") && ++used && few(views[1].len / 8, width) &&
+        take(to, &views[2], PyBUF_WRITABLE, views[1].len / 8 * width * 4, 4, "to") && ++used &&
+        (kind != BYTE || (take(table, &views[3], PyBUF_SIMPLE, 512, 2, "table") && ++used))) {
+        const int64_t *place = views[1].buf, count = views[1].len / 8;
+        int64_t i = 0;
+        Py_BEGIN_ALLOW_THREADS
+        for (; i < count && 0 <= place[i] && place[i] < rows; i++) {
+            const char *from = (const char *)views[0].buf + (place[i] * columns + left) * size;
+            float *row = (float *)views[2].buf + i * width;
+            if (kind == BYTE)
+                best.widen(row, (const uint8_t *)from, width, 0, views[3].buf);
+            else
+                best.convert[level_of(level)](kind, from, width, row);
+        }
+        Py_END_ALLOW_THREADS
+        if (i == count)
+            found = Py_NewRef(Py_None);
+        else
+            PyErr_Format(PyExc_ValueError, "there is no row %lld of %zd", (long long)place[i], rows);
+    }
+    while (used)
+        PyBuffer_Release(&views[--used]);
+    return found;
+}
+
+static PyObject *kernel_krylov(PyObject *self, PyObject *args)
+{
+    (void)self;
+    int level, used = 0;
+    Py_ssize_t rows, columns, steps;
+    PyObject *block, *basis, *images, *found = NULL;
+    Py_buffer views[3];
+    if (!PyArg_ParseTuple(args, "OnnnOOi", &block, &rows, &columns, &steps, &basis, &images, &level))
+        return NULL;
+    const int64_t most = 1 << 20;
+    if (rows < 0 || columns < 0 || steps < 0 || rows > most || columns > most || steps > most)
+        return PyErr_SetString(PyExc_ValueError, "an impossible shape"), NULL;
+    if (take(block, &views[0], PyBUF_SIMPLE, rows * columns * 4, 4, "block") && ++used &&
+        take(basis, &views[1], PyBUF_WRITABLE, (steps + 1) * columns * 4, 4, "basis") && ++used &&
+        take(images, &views[2], PyBUF_WRITABLE, steps * rows * 4, 4, "images") && ++used) {
+        int64_t made;
+        Py_BEGIN_ALLOW_THREADS
+        made = best.krylov[level_of(level)](views[0].buf, rows, columns, steps, views[1].buf, views[2].buf);
+        Py_END_ALLOW_THREADS
+        found = PyLong_FromLongLong(made);
+    }
+    while (used)
+        PyBuffer_Release(&views[--used]);
+    return found;
+}
+
 static PyMethodDef methods[] = {
     {"measure", kernel_measure, METH_VARARGS, "See _kernel.pyi."},
+    {"gather", kernel_gather, METH_VARARGS, "See _kernel.pyi."},
+    {"krylov", kernel_krylov, METH_VARARGS, "See _kernel.pyi."},
     {"survey", kernel_survey, METH_VARARGS, "See _kernel.pyi."},
     {NULL, NULL, 0, NULL},
 };
@@ -360,7 +453,9 @@ PyMODINIT_FUNC PyInit__kernel(void)
 {
     choose_best();
     PyObject *made = PyModule_Create(&module);
-    if (made)
+    if (made) {
+        PyModule_AddIntConstant(made, "VERSION", VERSION);
         PyModule_AddIntConstant(made, "LEVELS", best.levels);
+    }
     return made;
 }
