@@ -161,6 +161,16 @@ def test_a_remark_explains_nothing_and_strangers_stay_apart():
     assert len(fold([finding("IA201", tensor="a"), finding("IA202", tensor="b")])) == 2
 
 
+def test_the_scale_of_other_weights_is_a_consequence_unless_it_would_harm_alone():
+    def small(ratio, related=()):
+        return dataclasses.replace(finding("IA101", tensor="b", related=related), measured=ratio, expected=1.0)
+
+    dead = finding("IA111", tensor="a")
+    assert [f.code for f in fold([dead, small(0.1)])] == ["IA111"]
+    assert [f.code for f in fold([dead, small(1e-6)])] == ["IA111", "IA101"]
+    assert [f.code for f in fold([dead, small(0.1, tuple("cdefghij"))])] == ["IA111", "IA101"]
+
+
 def test_folding_twice_is_folding_once():
     found = [finding(code) for code in RULES]
     once = fold(found)

@@ -19,6 +19,7 @@ from initaudit.rules.support import chain, normalised, view
 
 if TYPE_CHECKING:
     from initaudit.config import Config
+    from initaudit.probe.trace import Signal
 
 Level = Literal["", "warning", "error"]
 
@@ -128,6 +129,11 @@ def worst(*levels: Level) -> Level:
     return "error" if "error" in levels else "warning" if "warning" in levels else ""
 
 
+def is_constant(signal: Signal | None, contrast: Mapping[str, float]) -> bool:
+    """Whether a layer's output is the same for all inputs, but for rounding."""
+    return signal is not None and (signal.moment2 == 0 or contrast.get(signal.node, 1.0) <= ROUNDING)
+
+
 def _ended(layer: LayerEvidence) -> bool:
     """Whether what stands behind a layer takes its growth away: a norm, or only periodic functions, which have no flat part."""
     return normalised(layer) or (bool(layer.feeds) and all(f.activation.name in ("sin", "cos") for f in layer.feeds))
@@ -165,7 +171,8 @@ def health(evidence: Evidence) -> Health:
     size = max(sizes, key=lambda g: g[0], default=(1.0, None))
     reaches = max((flow.growth[n] for n in flow.last if n in flow.growth), default=1.0)
     # Behind a layer of zeros a norm divides by its epsilon alone: what gradients make of that says nothing of the weights.
-    backwards = (1.0, None) if contrast <= ROUNDING else high
+    cut = contrast <= ROUNDING or any(is_constant(trace.signals.get(n), flow.contrast) for n in flow.last)
+    backwards = (1.0, None) if cut else high
     return Health(
         tuple(layers),
         signal,

@@ -86,7 +86,7 @@ class OddOneOut(Rule):
     )
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
-        """One finding for each group of siblings."""
+        """One finding for each group of siblings, and each factor by which some stand apart."""
         layers = {
             x.tensor: x
             for x in evidence.layers
@@ -122,12 +122,18 @@ class OddOneOut(Rule):
         if found is None:
             return
         odd, agree, middle, law = found
+        for part in _by_factor(odd, law):
+            yield self._told(evidence, part, agree, middle, law)
+
+    def _told(
+        self, evidence: Evidence, odd: list[LayerEvidence], agree: list[LayerEvidence], middle: LayerEvidence, law: _Law
+    ) -> Finding:
         first = odd[0]
         usual = middle.moments.std * math.sqrt(law(middle) / law(first))
         drowns = _joins(first) and first.moments.std > _DROWNS * usual
         quiet = (normalised(first) and not drowns) or not initial(evidence)
         errors = apart(first.moments.variance, usual**2, math.hypot(error_of(middle), error_of(first)))
-        yield self.finding(
+        return self.finding(
             f"standard deviation {first.moments.std:.3g}, {first.moments.std / usual:.2g} of the {usual:.3g} of its "
             f"{len(agree)} siblings before the same {activation_of(first)}, "
             f"{abs(errors):.0f} standard errors apart: "
@@ -235,6 +241,19 @@ def _odd(siblings: list[LayerEvidence], consensus: _Consensus, laws: tuple[_Law,
         elif {x.tensor for x in odd} != {x.tensor for x in first[0]}:
             return None
     return first
+
+
+def _by_factor(odd: list[LayerEvidence], law: _Law) -> list[list[LayerEvidence]]:
+    """Those apart by about one factor together; who stand ten times further away, or on the other side, have another cause."""
+    parts: list[list[LayerEvidence]] = []
+    for x in odd:
+        near = (p for p in parts if abs(math.log10(x.moments.variance * law(x) / (p[0].moments.variance * law(p[0])))) < 2)
+        part = next(near, None)
+        if part is None:
+            parts.append([x])
+        else:
+            part.append(x)
+    return parts
 
 
 def _distance(layer: LayerEvidence, middle: LayerEvidence, law: _Law, *, slack: float = 0.0) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import EXACT, Example, Finding, Rule
-from initaudit.rules.structure import last_layers
+from initaudit.rules.structure import last_layers, leads_to_unknown
 from initaudit.rules.support import fields, fresh_layers, initial, to_output
 
 
@@ -93,9 +94,10 @@ def _zero(evidence: Evidence, layer: LayerEvidence) -> str:
     trace = evidence.trace
     if trace is None:
         return ""
+    beyond = leads_to_unknown(evidence)
     for name in layer.pair.constants:
         record = trace.parameters.get(name)
-        if record is not None and record.gradient_zero:
+        if record is not None and record.gradient_zero and name not in beyond:
             if record.revived is not None:
                 return ""  # another zero is in front of it, and gone after a step
             silent = sum(p.gradient_zero and p.revived is None for p in trace.parameters.values()) - 1
@@ -105,6 +107,6 @@ def _zero(evidence: Evidence, layer: LayerEvidence) -> str:
 
 
 def _copies(layer: LayerEvidence) -> bool:
-    # Behind a zero head every gradient is zero, and equal, until the head has learnt.
-    units = [r.units for r in layer.records if r.units is not None and r.gradient_norm]
+    # Behind a zero head every gradient is zero, and equal, until the head has learnt; where a NaN is about, it says nothing.
+    units = [r.units for r in layer.records if r.units is not None and r.gradient_norm and math.isfinite(r.gradient_norm)]
     return any(u.distinct == 1 and u.count > 1 for u in units)

@@ -10,6 +10,7 @@ from initaudit.rules.examples import example, linear, residual
 from initaudit.rules.gates import factors
 from initaudit.rules.remedy import reset_line
 from initaudit.rules.rule import EXACT, Example, Finding, Rule
+from initaudit.rules.structure import leads_to_unknown
 from initaudit.rules.support import fields, initial, names
 
 
@@ -39,7 +40,10 @@ class ZerosInSeries(Rule):
         trace = evidence.trace
         if trace is None or not initial(evidence):
             return
-        silent = {n for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None and p.norm == 0}
+        beyond = leads_to_unknown(evidence)
+        silent = {
+            n for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None and p.norm == 0 and n not in beyond
+        }
         layers = [x for x in evidence.layers if x.moments.m2 == 0 and x.moments.mean == 0]
         weights = [x.tensor for x in layers if any(name in silent for name in x.pair.constants)]
         gates = factors(evidence.graph) if evidence.graph is not None else []

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp, residual
-from initaudit.rules.flow import ROUNDING
-from initaudit.rules.health import CONTRAST, below, health, pair_of
+from initaudit.rules.health import CONTRAST, below, health, is_constant, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
 from initaudit.rules.support import initial, names, power, ratio_of, view
 
 if TYPE_CHECKING:
-    from initaudit.probe.trace import Signal, Trace
+    from initaudit.probe.trace import Trace
 
 
 class InputsCollapse(Rule):
@@ -49,14 +48,18 @@ class InputsCollapse(Rule):
         level = below(state.contrast, state.limits.contrast)
         signals = evidence.trace.signals
         last = [n for n in flow.last if n in signals]
-        same = [n for n in last if _constant(signals[n], flow.contrast)]
-        cut = (x for x in state.layers if any(_constant(signals.get(r.output), flow.contrast) for r in x.records))
+        same = [n for n in last if is_constant(signals[n], flow.contrast)]
+        cut = (x for x in state.layers if any(is_constant(signals.get(r.output), flow.contrast) for r in x.records))
         alone = next(cut, None) if same else None
         # One of several outputs may be constant on purpose, but not by a layer that sends the same to every input.
         constant = bool(same) and (len(same) == len(last) or alone is not None)
         if not level and not constant:
             return
         alone = alone if constant else culprit(evidence, state, flow.contrast, state.contrast)
+        if alone is not None and all(r.input_moment2 == 0 for r in alone.records):
+            # It was lost before: in a table of one value, behind which a norm leaves nothing.
+            tables = (x for x in evidence.layers if x.pair.role == "embedding" and x.moments.m2 == 0)
+            alone = next(tables, alone)
         small = [alone] if alone else [x for x in state.layers if (ratio_of(x) or 1) < 1] or list(state.layers)
         found = "nothing" if constant else power(state.contrast)
         where = f"it is lost in {small[0].tensor}" if alone else f"{names(small, 3)} have small weights"
@@ -98,8 +101,3 @@ def _undone(trace: Trace) -> bool:
 
     losses = [lowest_loss(trace, name) for name in OPTIMIZERS]
     return all(loss is not None and loss < LEARNT for loss in losses)
-
-
-def _constant(signal: Signal | None, contrast: Mapping[str, float]) -> bool:
-    """Whether a layer's output is the same for all inputs, but for rounding."""
-    return signal is not None and (signal.moment2 == 0 or contrast.get(signal.node, 1.0) <= ROUNDING)

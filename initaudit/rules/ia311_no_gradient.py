@@ -12,6 +12,7 @@ from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.gates import factors
 from initaudit.rules.remedy import parameter
 from initaudit.rules.rule import Example, Finding, Rule, Severity, Threshold
+from initaudit.rules.structure import leads_to_unknown
 from initaudit.rules.support import initial, names
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class NoGradient(Rule):
         yield from self._unreached(evidence)
         if trace is None or trace.broken:
             return
-        beyond = _leads_to_unknown(graph)
+        beyond = leads_to_unknown(evidence)
         silent = {n: p for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None and n not in beyond}
         if not silent:
             return
@@ -185,18 +186,6 @@ def _reaching(graph: Graph) -> frozenset[str]:
                 seen.add(given)
                 stack.append(given)
     return frozenset(str(n.target) for n in seen if n.op == "get_attr")
-
-
-def _leads_to_unknown(graph: Graph) -> set[str]:
-    """The constants from which a path leads to an operator that is not known: what gradient they get through it, nobody saw."""
-    stack = [n for n in graph.fx.nodes if n.meta.get("tainted")]
-    seen = set(stack)
-    while stack:
-        for given in stack.pop().all_input_nodes:
-            if given not in seen:
-                seen.add(given)
-                stack.append(given)
-    return {str(n.target) for n in seen if n.op == "get_attr"}
 
 
 def _optional_inputs(evidence: Evidence) -> bool:

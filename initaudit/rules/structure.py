@@ -37,6 +37,22 @@ def last_layers(evidence: Evidence) -> frozenset[str]:
     return view(evidence).last
 
 
+def leads_to_unknown(evidence: Evidence) -> frozenset[str]:
+    """The constants from which a path leads to what could not be run, as an operator that is not known, or one whose weight was
+    lost with a part of a file: what gradient they get through it, nobody saw."""
+    if evidence.graph is None:
+        return frozenset()
+    lost = evidence.trace.unknown if evidence.trace is not None else {}
+    stack = [n for n in evidence.graph.fx.nodes if n.meta.get("tainted") or n.name in lost]
+    seen = set(stack)
+    while stack:
+        for given in stack.pop().all_input_nodes:
+            if given not in seen:
+                seen.add(given)
+                stack.append(given)
+    return frozenset(str(n.target) for n in seen if n.op == "get_attr")
+
+
 def is_tie(layers: Sequence[LayerEvidence]) -> bool:
     """Whether these are a table and the layer that makes the output from it: the two places of a tied embedding."""
     tables = [x for x in layers if x.pair.role == "embedding"]
