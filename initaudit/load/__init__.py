@@ -17,7 +17,7 @@ from initaudit.load.foreign import describe_foreign
 from initaudit.load.guarded import guarded
 from initaudit.load.module import from_module, is_module_spec, load_spec
 from initaudit.load.onnx_file import load_proto
-from initaudit.load.registry import HEAD_BYTES, formats
+from initaudit.load.registry import HEAD_BYTES, claims
 from initaudit.load.spans import reason, show
 
 if TYPE_CHECKING:
@@ -59,16 +59,13 @@ def recognise(path: Path) -> Format:
     """The one format whose content `path` has; raises `UnreadableModel` where none or several claim it."""
     where = show(path, 200)
     head = _head(path)
-    claims = [form for form in formats().values() if form.recognise(path, head)]
-    # Without a magic number a pickle is a guess, and what it would run is asked of every file (see `guarded`)
-    certain = [form for form in claims if form.name != "pickle"]
-    claims = certain if certain else claims
-    if len(claims) == 1:
-        return claims[0]
-    if claims:
-        raise UnreadableModel(where, f"could be {' or '.join(form.name for form in claims)}", "one format")
-    found, advice = describe_foreign(path, head)
-    raise UnreadableModel(where, found, advice=advice)
+    found = claims(path, head)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UnreadableModel(where, f"could be {' or '.join(form.name for form in found)}", "one format")
+    foreign, advice = describe_foreign(path, head)
+    raise UnreadableModel(where, foreign, advice=advice)
 
 
 def _head(path: Path) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from initaudit.errors import InitauditError, NoWeights
 from initaudit.load.model_folder import FORMAT as FOLDER
 from initaudit.load.model_folder import INSPECTED, PREFERENCE, is_shard
-from initaudit.load.registry import HEAD_BYTES, formats
+from initaudit.load.registry import claims, format_of
 
 MAX_DEPTH = 4  # folders below the one that was named
 MAX_FOLDERS = 2000
@@ -33,11 +33,11 @@ def models_in(source: str) -> tuple[str, ...]:
 
 def _below(folder: Path, depth: int, left: list[int]) -> Iterator[str]:
     left[0] -= 1
-    claims = [form.name for form in formats().values() if form.recognise(folder, b"")]
-    if claims and claims != [FOLDER]:
+    forms = [form.name for form in claims(folder, b"")]
+    if forms and forms != [FOLDER]:
         yield str(folder)
         return
-    models = _files(folder) if claims else ()
+    models = _files(folder) if forms else ()
     if models:
         yield from models
         return
@@ -60,12 +60,10 @@ def _files(folder: Path) -> tuple[str, ...]:
 def _is_model(file: Path) -> bool:
     """Whether a file holds weights; of those that may hold anything else (an optimizer's state) only what has floats."""
     try:
-        with open(file, "rb") as opened:
-            head = opened.read(HEAD_BYTES)
-        claims = [form for form in formats().values() if form.name != FOLDER and head and form.recognise(file, head)]
-        if len(claims) != 1 or claims[0].name not in PREFERENCE:
+        form = format_of(file)
+        if form is None or form.name not in PREFERENCE:
             return False
-        return claims[0].name not in INSPECTED or any("float" in a.dtype for a in claims[0].load(file).arrays.values())
+        return form.name not in INSPECTED or any("float" in a.dtype for a in form.load(file).arrays.values())
     except NoWeights:
         return False
     except (InitauditError, OSError):

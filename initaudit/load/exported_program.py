@@ -123,6 +123,8 @@ def _one(entries: Entries, folder: str, name: str, meta: dict[str, Any], where: 
         raise UnreadableModel(label, f"the scalar type {show(about['dtype'])}, which is not read")
     shape, stride = (tuple(int(size["as_int"]) for size in about[key]) for key in ("sizes", "strides"))
     item = Span.of_bytes(span.path, b"").array(dtype, (0,)).itemsize
+    if span.length % item == 0:
+        recorder.raw[id(entries[member][0])] = entries[member][0]
     storage = Storage(member, dtype, span.length // item, span)
     tensor = Tensor(storage, int(about["storage_offset"]["as_int"]), shape, stride, dtype)
     return as_array(tensor, name, where, bool(meta.get("is_param")))

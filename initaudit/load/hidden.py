@@ -21,10 +21,10 @@ from initaudit.errors import UnreadableModel
 from initaudit.load.joblib_arrays import INLINE
 from initaudit.load.pickle_globals import KNOWN
 from initaudit.load.pickle_machine import BrokenPickle, Machine
-from initaudit.load.pickle_reader import OPCODES, read, read_or_remains
+from initaudit.load.pickle_reader import EXTENSION, OPCODES, read, read_or_remains
 from initaudit.load.pickle_values import Event, Recorder
 from initaudit.load.spans import Span, reason, show
-from initaudit.load.zip_entries import is_zip, read_entries
+from initaudit.load.zip_entries import Entry, is_zip, read_entries
 
 MAX_DEPTH = 4  # archives within archives
 MAX_PICKLES = 64  # one after the other; a loader may go on behind the first
@@ -109,24 +109,44 @@ def looks_like_pickle(data: bytes | mmap.mmap) -> bool:
     return machine.opcodes >= 1
 
 
+def _named(event: Event) -> bool:
+    """Whether what it asks for can be a name in a module; bytes of a tensor that happen to be opcodes call None or 7070."""
+    parts = event.label.split(".")
+    plausible = len(parts) > 1 and not parts[0][:1].isdigit() and all(part.replace("_", "a").isalnum() for part in parts)
+    return plausible or event.verb == "asks for"
+
+
 def _acts(event: Event) -> bool:
-    return event.verb in ("calls", "builds") and event.label.replace(".", "").replace("_", "").isalnum()
+    return event.verb in ("calls", "builds") and _named(event)
+
+
+def _is_program(recorder: Recorder, complete: bool) -> bool:
+    """Whether a stream did something that bytes of numbers do not: it asked for a name, or called an extension and ended."""
+    coded = complete and any(e.verb in ("calls", "builds") and e.label.startswith(EXTENSION) for e in recorder.events.values())
+    return coded or any(_named(event) for event in recorder.events.values())
 
 
 def pickles(data: bytes | mmap.mmap, label: str, recorder: Recorder, depth: int = 0, place: int = 0) -> list[Any]:
     """The values of the pickles that stand one after the other in `data`; bytes behind the last that are none are left."""
     values: list[Any] = []
     while place < len(data) and len(values) < MAX_PICKLES:
-        machine = Machine(data, KNOWN, recorder, nested=nested(recorder), inline=INLINE, place=place, depth=depth)
+        own = Recorder() if values else recorder  # what stands behind the first may be raw numbers
+        machine = Machine(data, KNOWN, own, nested=nested(own), inline=INLINE, place=place, depth=depth)
         if not values:
             values.append(read_or_remains(machine, f"{label}: the pickle"))
             if machine.data[machine.place - 1 : machine.place] != b".":
                 break
         else:
             try:
-                values.append(read(machine))
+                value = read(machine)
             except BrokenPickle:
+                if _is_program(own, complete=False):
+                    recorder.take(own)
                 break
+            if own.events and not _is_program(own, complete=True):
+                break
+            recorder.take(own)
+            values.append(value)
         place = machine.place
     return values
 
@@ -187,15 +207,28 @@ def _in_zip(span: Span, label: str, recorder: Recorder, depth: int) -> Iterator[
     from initaudit.load.torch_zip import is_main, read_pickle
 
     entries = read_entries(span)
+    for name in filter(is_main, entries):  # first, because they say which of the others are raw numbers
+        yield f"{label}: {show(name)}", read_pickle(entries, name, label, recorder)
     for name, found in entries.items():
-        if is_main(name):
-            yield f"{label}: {show(name)}", read_pickle(entries, name, label, recorder)
-            continue
-        for entry in found:
+        for entry in () if is_main(name) else found:
             try:
-                yield from look_into(entry.data(), f"{label}: {show(name)}", recorder, depth + 1)
+                yield from look_into_member(entry, f"{label}: {show(name)}", recorder, depth + 1)
             except UnreadableModel as error:
                 recorder.broken.append(str(error))
+
+
+def look_into_member(entry: Entry, label: str, recorder: Recorder, depth: int) -> Found:
+    """`look_into` for a member of an archive; of one that is the elements of a storage only what calls something counts.
+
+    torch.load never unpickles a storage, but some libraries keep a pickle of their own in a tensor of bytes. Whatever else
+    its numbers spell is an accident. Raises `UnreadableModel` where the member cannot be read.
+    """
+    if id(entry) not in recorder.raw:
+        return look_into(entry.data(), label, recorder, depth)
+    alone = Recorder()
+    look_into(entry.data(), label, alone, depth)
+    recorder.take(Recorder({key: event for key, event in alone.events.items() if _acts(event)}))
+    return []
 
 
 def _as_pickle(span: Span, head: bytes, label: str, recorder: Recorder, depth: int) -> Found:
@@ -211,7 +244,8 @@ def _as_pickle(span: Span, head: bytes, label: str, recorder: Recorder, depth: i
             return []
     alone = Recorder()
     values = pickles(span.read(), label, alone, depth)
-    if not alone.events and (alone.broken or head[:1] != b"\x80"):
+    plain = not alone.events and not alone.broken and head[:1] == b"\x80"
+    if not plain and not _is_program(alone, complete=not alone.broken):
         return []
     recorder.take(alone)
     return [(label, value) for value in values]

@@ -18,7 +18,7 @@ from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.deepspeed_folder import MODEL
 from initaudit.load.finish import finish, strip_names
 from initaudit.load.guarded import guarded
-from initaudit.load.registry import HEAD_BYTES, Format, formats
+from initaudit.load.registry import format_of
 from initaudit.load.spans import reason, show
 
 FORMAT = "folder"
@@ -45,7 +45,7 @@ def recognise(path: Path, head: bytes) -> bool:
     """True for a folder with an index or at least one file of a known format."""
     if not path.is_dir() or any(path.glob(MODEL)) or (path / ".metadata").is_file():
         return False
-    if any(_is_index(file) or _format_of(file) is not None for file in _files(path)):
+    if any(_is_index(file) or format_of(file) is not None for file in _files(path)):
         return True
     return any(_leaves(path, file) for file in path.iterdir())
 
@@ -101,19 +101,6 @@ def _is_index(file: Path) -> bool:
     return file.name.endswith(".index.json")
 
 
-def _format_of(file: Path) -> Format | None:
-    """The format of a file by its content; None for texts, empty files and everything else."""
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(HEAD_BYTES)
-    except OSError:
-        return None
-    if not head:
-        return None
-    claims = [form for form in formats().values() if form.name != FORMAT and form.recognise(file, head)]
-    return claims[0] if len(claims) == 1 else None
-
-
 def _look(path: Path, where: str) -> Found:
     found = Found()
     for file in sorted(path.iterdir()):
@@ -126,7 +113,7 @@ def _look(path: Path, where: str) -> Found:
         elif file.suffix == ".py":
             found.notes.append(f"{show(file.name)} is code; it was not run")
         elif file.suffix != ".json":
-            form = _format_of(file)
+            form = format_of(file)
             if form is not None:
                 found.files.setdefault(form.name, []).append(file)
     return found
@@ -150,7 +137,7 @@ def _weight_map(file: Path, where: str) -> dict[str, str]:
 
 
 def _read(file: Path) -> Checkpoint | UnreadableModel:
-    form = _format_of(file)
+    form = format_of(file)
     if form is None:
         return UnreadableModel(show(file, 200), "of no known format, or damaged at its start")
     try:

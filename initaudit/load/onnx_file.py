@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import onnx
 
 FORMAT = "onnx"
+GUESS = 1  # no magic number, but a structure
 MAX_FILE_BYTES = (1 << 31) - 1  # protobuf's own limit for one message
 NOTHING: Mapping[str, Span] = {}
 

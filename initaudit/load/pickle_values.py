@@ -132,10 +132,14 @@ class Event:
 
 @dataclass
 class Recorder:
-    """What unpickling would have done, once for each name, in the order of the stream."""
+    """What unpickling would have done, once for each name, in the order of the stream.
+
+    `raw` are the members of archives that a pickle takes for the elements of a storage, by their `id`.
+    """
 
     events: dict[str, Event] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    raw: dict[int, object] = field(default_factory=dict)
 
     def note(self, verb: str, label: str, args: Any = None) -> None:
         """Adds an event, or makes the one of the same name more specific: what is called was imported first.
@@ -168,6 +172,7 @@ class Recorder:
             else:
                 self.note(event.verb, event.label)
         self.broken += other.broken
+        self.raw.update(other.raw)
 
 
 def _variants(label: str) -> list[str]:

@@ -15,6 +15,7 @@ from initaudit.load.torch_stream import is_stream, read_stream
 from initaudit.load.zip_entries import is_zip
 
 FORMAT = "pickle"
+GUESS = 2
 
 
 def recognise(path: Path, head: bytes) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Checkpoint, numpy_dtype
-from initaudit.load.hidden import look_into, looks_like_pickle, nested, pickles
+from initaudit.load.hidden import look_into_member, looks_like_pickle, nested, pickles
 from initaudit.load.pickle_globals import KNOWN, STORAGE_DTYPES, torch_dtype
 from initaudit.load.pickle_machine import KnownGlobals, Machine
 from initaudit.load.pickle_reader import read_or_remains
@@ -95,7 +95,7 @@ def read_hidden(entries: Entries, where: str, recorder: Recorder) -> list[str]:
             continue
         for entry in found:
             try:
-                if look_into(entry.data(), f"{where}: {show(name)}", recorder, 1) and _EXAMPLES.search(name) is None:
+                if look_into_member(entry, f"{where}: {show(name)}", recorder, 1) and _EXAMPLES.search(name) is None:
                     notes.append(f"{show(name)} is a pickle beside the main one")
             except UnreadableModel as error:
                 if not entry.name.rpartition("/")[2].isdigit():  # a storage says so itself
@@ -120,7 +120,7 @@ def _read_one(
     if entry.size > MAX_PICKLE:
         raise UnreadableModel(where, f"{show(name)} has {entry.size} bytes", f"at most {MAX_PICKLE}")
     root = name.rpartition("/")[0]
-    storages = ZipStorages(entries, root, folder)
+    storages = ZipStorages(entries, root, folder, recorder)
     data = entry.data().read()
     machine = Machine(data, known, recorder, storages, nested(recorder))
     value = read_or_remains(machine, f"{where}: {show(name)}")
@@ -132,8 +132,8 @@ def _read_one(
 class ZipStorages:
     """Persistent ids of one archive: ("storage", class, key, location, elements) -> the storage, one for each key."""
 
-    def __init__(self, entries: Entries, root: str, folder: str) -> None:
-        self.entries, self.folder = entries, f"{root}/{folder}" if root else folder
+    def __init__(self, entries: Entries, root: str, folder: str, recorder: Recorder) -> None:
+        self.entries, self.folder, self.recorder = entries, f"{root}/{folder}" if root else folder, recorder
         self.found: dict[tuple[str, str], Storage] = {}
         self.lowered = {name.lower(): found for name, found in entries.items()}
         order = self._members(f"{root}/byteorder" if root else "byteorder")
@@ -159,6 +159,8 @@ class ZipStorages:
             problem = f"the storage {show(name)} is missing from the archive"
             return Storage(key, dtype, elements, None, problem=problem)
         identity = f"{members[0].span.path.name}@{members[0].span.offset}"
+        if members[0].size == elements * numpy_dtype(dtype).itemsize:
+            self.recorder.raw[id(members[0])] = members[0]
         try:
             return Storage(f"{self.folder}/{key}", dtype, elements, members[0].data(), self.big_endian, identity=identity)
         except UnreadableModel as error:
