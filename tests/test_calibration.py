@@ -134,3 +134,31 @@ def test_thirty_layers_that_lose_the_signal_are_one_finding():
     assert loud[0].code == "IA101"
     assert len({loud[0].tensor, *loud[0].related}) == 30
     assert "IA303" in loud[0].message
+
+
+def decoder() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Linear(16, 512), nn.ReLU(), nn.Unflatten(1, (32, 4, 4))),
+        *(nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.ReLU()),
+        nn.ConvTranspose2d(16, 3, 4, 2, 1),
+    )
+
+
+SCALED = {
+    "plain": (lambda: nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(64, 64), nn.ReLU())), nn.Linear(64, 5)), ROWS),
+    "tanh": (lambda: nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(64, 64), nn.Tanh())), nn.Linear(64, 5)), ROWS),
+    "transposed": (decoder, (16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_default_network_multiplied_by_ten_is_no_trained_one(name, biases):
+    module, x = built(*SCALED[name])
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(10 if biases or p.dim() > 1 else 1)
+    found = audit(module, (x,))
+    assert found.report.phase in ("init", "unknown")
+    (loud,) = [f for f in found.findings if f.severity != "info"]
+    assert loud.code == ("IA310" if name == "transposed" else "IA102")

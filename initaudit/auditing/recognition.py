@@ -13,8 +13,8 @@ import numpy as np
 from initaudit.config import Config
 from initaudit.errors import InitauditError
 from initaudit.expect.phase import BIAS_LAWS, PhaseEvidence, TensorRecord, phase_of
-from initaudit.expect.recognise import Recognition, recognise
-from initaudit.expect.scheme import Site, site_of
+from initaudit.expect.recognise import LEVEL, Fit, Recognition, moment_p_value, recognise
+from initaudit.expect.scheme import Site, site_of, uniform
 from initaudit.load.checkpoint import Array
 from initaudit.measure.blocks import BLOCK, distinct, forget
 from initaudit.measure.moments import Moments
@@ -283,14 +283,25 @@ def _of_bias(bias: Array, layer: LayerEvidence) -> Recognition | None:
     """
     if bias.size == 0:
         return None
-    pair, weight = layer.pair, layer.moments
+    pair = layer.pair
     candidates = [dataclasses.replace(site(pair), shape=bias.shape, axes=("o",), convention=(pair.fan_in, pair.fan_out))]
-    if abs(weight.kurtosis - 1.8) < _UNIFORM and weight.count >= _ENOUGH:
-        fan = max(1, round(1 / max(abs(weight.min), abs(weight.max)) ** 2))
-        candidates.append(site_of(bias.shape, ("o",), fans=(fan, fan)))
+    if pair.operator.startswith("conv_transpose"):
+        candidates.append(dataclasses.replace(candidates[0], convention=(pair.fan_out, pair.fan_in)))
     try:
         seen = observe(bias.read())
-        found = [recognise(seen, candidate) for candidate in candidates]
     except InitauditError:
         return None
-    return next((f for f in found if {fit.name for fit in f.schemes} & set(BIAS_LAWS)), found[0])
+    found = [recognise(seen, candidate) for candidate in candidates]
+    named = next((f for f in found if {fit.name for fit in f.schemes} & set(BIAS_LAWS)), None)
+    return named or _within_bound(seen, layer) or found[0]
+
+
+def _within_bound(seen: Observation, layer: LayerEvidence) -> Recognition | None:
+    """torch's default by the bound that the weight has, whatever factor both were multiplied by; None where it does not fit."""
+    weight, known = layer.moments, layer.recognition
+    if known is None or not known.schemes or abs(weight.kurtosis - 1.8) > _UNIFORM + 4 * math.sqrt(1 / weight.count):
+        return None
+    # The largest of n values is below the bound by about one part in n.
+    law = uniform(BIAS_LAWS[0], max(abs(weight.min), abs(weight.max)) * (1 + 2 / weight.count), "any", "")
+    p_value = moment_p_value(seen, law)
+    return Recognition((Fit(law.name, p_value, law.variance),), "unknown") if p_value >= LEVEL else None

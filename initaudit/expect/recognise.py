@@ -41,6 +41,8 @@ PLENTY = 50_000
 _BEYOND = 4.0
 # A block of fewer rows or columns has no spectrum worth the asymptotic law.
 LEAST_SIDE = 12
+# Neither a draw nor a training gives values beyond this: memory that was never written does, and says nothing of either.
+_NO_WEIGHT = 1e10
 # Random bits behind a float32 draw of [0, 1): 23 to 25 by framework, device and half of the interval. Values that were moved
 # meet the grid that these make with this probability at most, before they count as drawn.
 _GRID, _BY_CHANCE = 2.0**-24, 1e-9
@@ -75,7 +77,7 @@ class Recognition:
 def recognise(seen: Observation, site: Site) -> Recognition:
     """What the values seen say about where they came from; `site` describes the same tensor."""
     m = seen.moments
-    if m.count == 0 or m.nan or m.inf:
+    if m.count == 0 or m.nan or m.inf or max(abs(m.min), abs(m.max)) > _NO_WEIGHT:
         return Recognition((), "unknown")
     if m.m2 == 0:
         return _constant(m.mean, site)
