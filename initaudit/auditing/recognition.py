@@ -299,7 +299,12 @@ def _of_bias(bias: Array, layer: LayerEvidence) -> Recognition | None:
 def _within_bound(seen: Observation, layer: LayerEvidence) -> Recognition | None:
     """torch's default by the bound that the weight has, whatever factor both were multiplied by; None where it does not fit."""
     weight, known = layer.moments, layer.recognition
-    if known is None or not known.schemes or abs(weight.kurtosis - 1.8) > _UNIFORM + 4 * math.sqrt(1 / weight.count):
+    if (
+        known is None
+        or not known.schemes
+        or not weight.m2 > 0
+        or abs(weight.kurtosis - 1.8) > _UNIFORM + 4 * math.sqrt(1 / weight.count)
+    ):
         return None
     # The largest of n values is below the bound by about one part in n.
     law = uniform(BIAS_LAWS[0], max(abs(weight.min), abs(weight.max)) * (1 + 2 / weight.count), "any", "")
