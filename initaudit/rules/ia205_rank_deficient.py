@@ -108,7 +108,7 @@ def _rank(evidence: Evidence, layer: LayerEvidence) -> tuple[int, int] | None:
         # are fetched from a file at once.
         top, columns = (rows - _BLOCK) // 2, np.linspace(0, stored.shape[1] - 1, _BLOCK).astype(np.int64)
         block = stored[top : top + _BLOCK][:, columns].astype(np.float64)
-        if _directions(block, rounding) >= _SIDE:
+        if _surely(block, rounding) or _directions(block, rounding) >= _SIDE:
             return _SIDE, _SIDE
     matrix = stored.astype(np.float32)
     matrix /= np.abs(matrix).max()  # squares of what uninitialised memory holds would be infinite
@@ -124,6 +124,24 @@ def _rank(evidence: Evidence, layer: LayerEvidence) -> tuple[int, int] | None:
     if matrix.shape[0] > _SIDE:
         matrix = generator.standard_normal((_SIDE, matrix.shape[0])).astype(np.float32) @ matrix
     return _directions(matrix.astype(np.float64), rounding), most
+
+
+def _surely(block: np.ndarray[Any, Any], rounding: float) -> bool:
+    """Whether a block has _SIDE directions, in a twentieth of the time that counting them takes; False says nothing.
+
+    A Gram matrix has no fewer eigenvalues above a bound than a part of it along the diagonal (Cauchy's interlacing), and all
+    of the part's are where what the bound leaves of it has a Cholesky factor. No eigenvalue is larger than a row's sum.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        gram = block @ block.T
+        bound = rounding**2 * float(np.abs(gram).sum(axis=1).max())
+    if not 0 < bound < math.inf:
+        return False
+    try:
+        np.linalg.cholesky(gram[:_SIDE, :_SIDE] - bound * np.eye(_SIDE))
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def _directions(matrix: np.ndarray[Any, Any], rounding: float) -> int:

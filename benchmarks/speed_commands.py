@@ -1,0 +1,189 @@
+"""The parts of `speed.py` that run whole commands: start-up, memory, folders against `cat`, several files, other tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from speed_peers import commands
+from speed_tools import Runs, medians, write
+
+
+def command(*arguments: str) -> Callable[[], subprocess.CompletedProcess[bytes]]:
+    """A run of this interpreter, after one by which the code is compiled, as it is for whoever has installed it."""
+    compiling = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    run = partial(subprocess.run, [sys.executable, *arguments], capture_output=True, check=False, timeout=600, env=compiling)
+    run()
+    return run
+
+
+def startup(folder: Path, quick: bool) -> None:
+    """Short commands against an interpreter that does nothing, and against importing torch."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    small = folder / "small.safetensors"
+    write(small, (512, 512), 1, "F32")
+    weights = [np.random.default_rng(i).normal(0, 0.2, (32, 32)).astype(np.float32) for i in range(2)]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "w1"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [8, 32]) for n in "xy"]
+    given = [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "small", ends[:1], ends[1:], given)), folder / "small.onnx")
+    bare: Runs = {
+        "bare Python": command("-c", "pass"),
+        "--version": command("-m", "initaudit", "--version"),
+        "--help": command("-m", "initaudit", "--help"),
+        "audit of 1 MB of safetensors": command("-m", "initaudit", "--no-cache", str(small)),
+    }
+    torch: Runs = {
+        "import torch": command("-c", "import torch"),
+        "audit of small.onnx, probed": command("-m", "initaudit", "--no-cache", str(folder / "small.onnx")),
+    }
+    for runs, rounds in ((bare, 5 if quick else 15), (torch, 3 if quick else 7)):
+        found = medians(runs, rounds)
+        for name, seconds in found.items():
+            print(f"startup   {name:33}{seconds / found[next(iter(runs))]:8.2f} of {next(iter(runs))}")
+
+
+def memory(folder: Path, quick: bool) -> None:
+    """The most that a static audit of one large tensor holds, and its bytes a second beside those of several matrices."""
+    matrices, path = folder / "matrices.safetensors", folder / "large.safetensors"
+    several = write(matrices, (4096, 4096), 8 if quick else 37, "BF16")
+    rows = 81_920 if quick else 786_432
+    entry = {"dtype": "BF16", "shape": [rows, 4096], "data_offsets": [0, rows * 8192]}
+    text = json.dumps({"lm_head.weight": entry}).encode()
+    text += b" " * (-len(text) % 8)
+    with matrices.open("rb") as file:
+        file.seek(8 + struct.unpack("<Q", file.read(8))[0])
+        part = file.read(8192 * 4096)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _ in range(rows // 4096):
+            file.write(part)
+    size = path.stat().st_size
+    code = (
+        "import re, sys, time, initaudit.auditing.run\n"
+        "initaudit.audit(sys.argv[1])\n"  # what is imported once says nothing of a rate
+        "start = time.perf_counter(); initaudit.audit(sys.argv[2]); print(time.perf_counter() - start)\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    )
+    small = folder / "small.safetensors"
+    write(small, (512, 512), 1, "BF16")
+    rates, peaks = [], []
+    for source, total in ((matrices, several), (path, size)):
+        run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=600)
+        seconds, peak = run([sys.executable, "-c", code, str(small), str(source)]).stdout.split()
+        rates.append(total / float(seconds))
+        peaks.append(int(peak) / 1000)
+    print(
+        f"memory    one tensor of {size / 1e9:.1f} GB: peak of {peaks[1]:.0f} MB resident, {rates[1] / rates[0]:.2f} of the "
+        "bytes a second of matrices of 4096x4096"
+    )
+    path.unlink()
+
+
+def probe(folder: Path, quick: bool) -> None:
+    """The most that a module of a gigabyte and its probe hold, in units of the module, beside what one plain pass holds."""
+    code = (
+        "import re, sys, torch, initaudit\n"
+        "torch.set_num_threads(1)\n"
+        "held = lambda name: int(re.search(name + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+        "def made(n, count):\n"
+        "    return torch.nn.Sequential(*(m for _ in range(count) for m in (torch.nn.Linear(n, n), torch.nn.ReLU())))\n"
+        "run = {'probe': initaudit.audit, 'pass': lambda m, x: m(x).sum().backward()}[sys.argv[1]]\n"
+        "run(made(64, 2), torch.randn(8, 64))\n"  # what is imported is none of the module
+        "before = held('VmRSS')\n"
+        "model = made(4096, int(sys.argv[2]))\n"
+        "run(model, torch.randn(8, 4096))\n"
+        "print((held('VmHWM') - before) / sum(p.nbytes for p in model.parameters()))"
+    )
+    found = {}
+    for name in ("pass", "probe"):
+        command = [sys.executable, "-c", code, name, "4" if quick else "16"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+        found[name] = float(done.stdout)
+    print(
+        f"probe     held beyond a module of {0.067 * (4 if quick else 16):.1f} GB: {found['probe'] - 1:.2f} of it, by one "
+        f"forward and backward pass {found['pass'] - 1:.2f}"
+    )
+
+
+def jobs(folder: Path, quick: bool) -> None:
+    """Several files by two processes against one, and whether the reports are the same."""
+    files = [folder / f"file{i}.safetensors" for i in range(2 if quick else 6)]
+    for i, path in enumerate(files):
+        write(path, (4096, 4096), 4 if quick else 8, "BF16", seed=i)
+    runs = {n: command("-m", "initaudit", "--no-cache", *map(str, files), "--jobs", n) for n in "12"}
+    same = runs["1"]().stdout == runs["2"]().stdout
+    found = medians(runs, 3 if quick else 5)
+    print(
+        f"jobs      {len(files)} files, --jobs 2{'':14}{found['1'] / found['2']:8.2f} x, reports {'' if same else 'NOT '}the same"
+    )
+
+
+def disk(folder: Path, quick: bool) -> None:
+    """A folder of shards against `cat` of its files: from the page cache, and where that may be emptied from the disk."""
+    shards = folder / "shards"
+    shards.mkdir()
+    size = sum(
+        write(shards / f"model-{i + 1:05}-of-{n:05}.safetensors", (4096, 4096), 8, "BF16", seed=i)
+        for n in ([2] if quick else [37])
+        for i in range(n)
+    )
+    files = [str(p) for p in sorted(shards.iterdir())]
+
+    def cat() -> None:
+        with open(os.devnull, "wb") as nowhere:
+            subprocess.run(["cat", *files], stdout=nowhere, check=True)
+
+    def empty() -> bool:
+        try:
+            os.sync()
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+        except OSError:
+            return False
+        return True
+
+    ours = {n: command("-m", "initaudit", "--no-cache", str(shards), "--jobs", n) for n in "21"}
+    cat()
+    if (status := ours["2"]().returncode) > 1:
+        raise SystemExit(f"the folder cannot be audited: {status}")
+    found = medians({"cat": cat, **ours}, 3)
+    for n in ours:
+        print(f"disk      {size / 1e9:.1f} GB, warm, --jobs {n}{'':11}{found[n] / found['cat']:8.2f} of cat")
+    if quick or not empty():
+        return
+    times = {}
+    for name, run in (("cat", cat), ("audit", ours["2"])):
+        empty()
+        times[name] = medians({name: run}, 1)[name]
+    print(f"disk      {size / 1e9:.1f} GB, cold, --jobs 2{'':11}{times['audit'] / times['cat']:8.2f} of cat")
+
+
+def peers(folder: Path, quick: bool) -> None:
+    """Whole commands of other tools on the same checkpoint, where INITAUDIT_PEERS names an interpreter that has them."""
+    path = folder / "peers.safetensors"
+    size = write(path, (1024, 1024) if quick else (2048, 2048), 8, "F32")
+    here = str(path)
+    runs = {"initaudit": command("-m", "initaudit", "--no-cache", here)}
+    for name, arguments in commands(here).items():
+        run = partial(subprocess.run, arguments, capture_output=True, check=False, timeout=600, text=True)
+        first = run()
+        if first.returncode:
+            print(f"peers     {name:40}cannot be run: {(first.stderr.strip().splitlines() or ['?'])[-1][:100]}")
+        else:
+            runs[name] = run
+    found = medians(runs, 3)
+    for name, seconds in found.items():
+        print(f"peers     {name:40}{seconds / found['initaudit']:8.1f} times initaudit's time for {size / 1e6:.0f} MB")
