@@ -190,6 +190,8 @@ INLINE void N(band)(const int kind, const int single, const int shifted, const i
     const int64_t size = kind == FLOAT32 ? 4 : 2, stored = in->table ? 1 : size; /* bytes as they are read, and as they lie */
     N(state) t = {.low = N(all)(INFINITY), .high = N(all)(-INFINITY), .pilot = out->pilot};
     out->s1 = out->s2 = out->s3 = out->s4 = 0;
+    /* How far on what is read next lies: in the next row, or in the one that there is. */
+    const int64_t next = in->rows > 1 ? in->columns : 2 * TILE;
     ALIGNED double columns[2 * TILE];
     ALIGNED float singles[2 * TILE];
     ALIGNED float widened[TILE];
@@ -206,14 +208,14 @@ INLINE void N(band)(const int kind, const int single, const int shifted, const i
             const char *stored_at = in->data + (r * in->columns + left) * stored, *p = stored_at;
             double row[2] = {0, 0};
             if (in->table) {
-                zeros += in->widen(widened, (const uint8_t *)p, width, in->columns, in->table);
+                zeros += in->widen(widened, (const uint8_t *)p, width, next, in->table);
                 p = (const char *)widened;
             }
             if (!finite) { /* and so is this row, most likely */
                 finite = N(masked)(kind, p, width, &t, units ? columns : NULL, row);
             } else {
                 finite = single ? N(narrow)(shifted, units, p, whole, &t, singles, row)
-                                : N(fast)(kind, shifted, units, p, whole, in->table ? 0 : in->columns * size, &t, columns, row);
+                                : N(fast)(kind, shifted, units, p, whole, in->table ? 0 : next * size, &t, columns, row);
                 if (!finite)
                     N(masked)(kind, p, whole, &t, NULL, NULL);
                 if (whole < width)
