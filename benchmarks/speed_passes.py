@@ -200,7 +200,7 @@ def whole(folder: Path, quick: bool) -> None:
 
 
 def stages(name: str, plain: Callable[[], object], model: object, given: torch.Tensor, rounds: int) -> None:
-    """Prints what an audit of `model` takes in passes of `plain`, and each of its stages."""
+    """Prints what an audit of `model` takes in passes of `plain`, and each of its stages, in seconds of the processor."""
     from initaudit.auditing import program, run
     from initaudit.rules import roots
 
@@ -215,19 +215,19 @@ def stages(name: str, plain: Callable[[], object], model: object, given: torch.T
 
     audit()  # what is imported and compiled once is no stage
     seconds.clear()
-    found = medians({"pass": plain, "audit": audit}, rounds)
+    found = medians({"pass": plain, "audit": audit}, rounds, time.process_time)
     shares = "  ".join(f"{part} {s / rounds / found['pass']:.2f}" for part, s in seconds.items())
     print(f"whole     {name:18}{found['audit'] / found['pass']:6.2f} passes: {shares}", flush=True)
 
 
 def timed(function: Callable[..., object], name: str, seconds: dict[str, float]) -> Callable[..., object]:
-    """`function`, adding what it takes to `seconds`."""
+    """`function`, adding what it takes of the processor to `seconds`."""
 
     def inner(*args: object, **kwargs: object) -> object:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             return function(*args, **kwargs)
         finally:
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+            seconds[name] = seconds.get(name, 0.0) + time.process_time() - start
 
     return inner
