@@ -17,6 +17,17 @@ from initaudit.probe.graph_inputs import tables
 from initaudit.probe.inputs import InputSpec, draw, for_graph, for_module, load_data, match_data, parse_spec
 
 
+class Series(nn.Module):
+    """A vector of four numbers would fit as one example of four features."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, timeseries):
+        return self.b(torch.tanh(self.a(timeseries)))
+
+
 class Digits(nn.Module):
     """Its flattened features fix the side: 28."""
 
@@ -132,6 +143,8 @@ def t5():
 # module, shapes of the inputs, and the exclusive bound of the ids (None: floats)
 CASES = {
     "mlp": (lambda: nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 2)), [(4, 64)], None),
+    "as many features as examples": (lambda: nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)), [(4, 4)], None),
+    "features called time": (Series, [(4, 4)], None),
     "digits": (Digits, [(4, 1, 28, 28)], None),
     "flattens": (Flattens, [(4, 784)], None),
     "positions": (Positions, [(4, 12)], 70),

@@ -179,7 +179,7 @@ def undone_by_one_step():
     """A layer of zeros behind which a BatchNorm stands: nothing seems to reach the layers before it until it has moved."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Linear(12, 64),
+        nn.Linear(24, 64),
         nn.ReLU(),
         nn.Linear(64, 64),
         nn.BatchNorm1d(64),
@@ -194,14 +194,14 @@ def undone_by_one_step():
 
 def sigmoids():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 64), *[f for _ in range(12) for f in (nn.Sigmoid(), nn.Linear(64, 64))])
+    return nn.Sequential(nn.Linear(24, 64), *[f for _ in range(12) for f in (nn.Sigmoid(), nn.Linear(64, 64))])
 
 
 @pytest.mark.parametrize(("make", "learns"), [(undone_by_one_step, True), (sigmoids, False)])
 def test_the_verdict_relies_on_a_rehearsal_and_says_so(make, learns, monkeypatch):
     """In a network that is too large for virtual steps, the rehearsal clears what was foreseen, or bears it out."""
     monkeypatch.setattr(response, "_MOST", 0.0)
-    inputs = (torch.randn(16, 12),)
+    inputs = (torch.randn(16, 24),)
     plain = initaudit.audit(make(), inputs).to_dict()
     found = initaudit.audit(make(), inputs, config=Config(rehearse=40)).to_dict()
     before, after = (r["risk"]["untrainable"] for r in (plain, found))
@@ -227,6 +227,6 @@ def test_a_rehearsal_that_breaks_says_where():
 
 
 def test_a_few_steps_that_learn_nothing_prove_nothing():
-    model, inputs = undone_by_one_step(), (torch.randn(16, 12),)
+    model, inputs = undone_by_one_step(), (torch.randn(16, 24),)
     plain = initaudit.audit(model, inputs).risk
     assert initaudit.audit(model, inputs, config=Config(rehearse=1)).risk == plain

@@ -10,7 +10,7 @@ import torch
 
 from initaudit.config import Config
 from initaudit.errors import InitauditError
-from initaudit.graph.graph import Graph
+from initaudit.graph.graph import Graph, OwnBackward
 from initaudit.meter import Say, silent
 from initaudit.onnx_ops.budget import Budget, metered
 from initaudit.probe.features import rehearsal_decides
@@ -72,6 +72,31 @@ def probed(
     except _FAILURES as error:
         return skipped(graph, "the probe stopped: " + " ".join(str(error).split())[:200], budget)
     return Probed(trace, risks[0], "", None, dict(_spread(risks)))
+
+
+def believed(seen: Probed, own: OwnBackward | None) -> Probed:
+    """Without what was seen of gradients, where the module's own autograd feeds parameters to which the graph hands none."""
+    trace = seen.trace
+    if trace is None or own is None or own.fed is None:
+        return seen
+    if not any(p.gradient_zero and p.name in own.fed for p in trace.parameters.values()):
+        return seen
+    forward = replace(
+        trace,
+        signals={n: replace(s, gradient_moment2=None, gradient_finite=True) for n, s in trace.signals.items()},
+        weights=tuple(
+            replace(w, gradient_norm=None, trust_ratio=None, output_gradient_moment2=None, units=None) for w in trace.weights
+        ),
+        parameters={},
+        first_non_finite_gradient=None,
+        gram=None,
+        time=(),
+        rehearsal=None,
+        forward=None,
+        response=(),
+    )
+    why = "it brings a backward pass of its own (torch.autograd.Function), which the graph of its operators does not show"
+    return Probed(forward, None, why)
 
 
 def skipped(graph: Graph, why: str, budget: Budget) -> Probed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from initaudit.auditing.layers import layer_evidence, norm_parameters
-from initaudit.auditing.probing import Probed, probed, skipped
+from initaudit.auditing.probing import Probed, believed, probed, skipped
 from initaudit.auditing.recognition import in_company, with_recognition
 from initaudit.config import Config
 from initaudit.errors import InitauditError, LimitExceeded, UnreadableModel, UsageError
@@ -22,6 +22,7 @@ from initaudit.graph.from_exported import ReadProgram
 from initaudit.graph.from_onnx import from_onnx
 from initaudit.graph.from_torch import from_module
 from initaudit.graph.graph import Graph, location_of, shape_of
+from initaudit.graph.own_backward import own_backward
 from initaudit.load.checkpoint import Checkpoint
 from initaudit.load.host import device_of
 from initaudit.measure.moments import Moments
@@ -95,9 +96,10 @@ class Program:
             return skipped(self.graph, why, self.budget)
         self.progress("probing")
         device = _device(self.config.device, self.checkpoint)
-        return probed(
+        seen = probed(
             self.graph, self.inputs, self.config, self.budget, device=device, synthetic=self.synthetic, say=self.progress
         )
+        return believed(seen, self.graph.own)
 
 
 def budget_of(checkpoint: Checkpoint) -> Budget:
@@ -154,6 +156,8 @@ def _module(checkpoint: Checkpoint, module: nn.Module, config: Config, inputs: A
     home = device_of(module) or "cpu"
     inputs, keywords = pytree.tree_map_only(torch.Tensor, lambda t: t.to(home), (tuple(inputs), dict(keywords)))
     graph = from_module(module, inputs, keywords, say=progress)
+    if not isinstance(module, ReadProgram):  # whose operators are all there is
+        graph = replace(graph, own=own_backward(module, inputs, keywords))
     budget = budget_of(checkpoint)
     reason = _swells(graph, budget.elements, ALL_OUTPUTS) if isinstance(module, ReadProgram) else ""
     if reason and _swells(graph, budget.shape_elements):

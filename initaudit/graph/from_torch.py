@@ -37,29 +37,30 @@ class _Flat(nn.Module):
     def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
         split = len(args) - len(self.keywords)
         result = self.inner(*args[:split], **dict(zip(self.keywords, args[split:], strict=True)))
-        found = tuple(_float_tensors(result))
+        found = tuple(float_tensors(result))
         if not found:
             raise UnreadableModel(type(self.inner).__name__, "forward returned no floating-point tensor", "at least one")
         return found
 
 
-def _float_tensors(value: Any) -> Iterator[torch.Tensor]:
+def float_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors of nested containers and dataclasses, in order."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
             yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _float_tensors(item)
+            yield from float_tensors(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _float_tensors(item)
+            yield from float_tensors(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for entry in dataclasses.fields(value):
-            yield from _float_tensors(getattr(value, entry.name))
+            yield from float_tensors(getattr(value, entry.name))
 
 
 @contextlib.contextmanager
-def _as_found(module: nn.Module) -> Iterator[None]:
+def as_found(module: nn.Module) -> Iterator[None]:
     """Puts back what tracing may change: training flags, buffers, gradients, the random state, a config's cache switch."""
     modes = [(m, m.training) for m in module.modules()]
     buffers = [(b, b.detach().clone()) for b in module.buffers()]
@@ -114,7 +115,7 @@ def from_module(
     keywords = keywords or {}
     flat, _ = pytree.tree_flatten((tuple(inputs), dict(keywords)))
     training = module.training
-    with _as_found(module), _told(module, say):
+    with as_found(module), _told(module, say):
         module.eval()
         graph = _trace(module, inputs, keywords, flat, training)
         if graph.unused:
@@ -134,7 +135,7 @@ def _trace(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any]
     constants = Constants(module)
     notes: tuple[str, ...] = ()
     try:
-        with _silent():
+        with silenced():
             program = torch.export.export(wrapped, args, strict=False)
     except UnreadableModel:
         raise
@@ -193,7 +194,7 @@ def _by_running(wrapped: nn.Module, args: tuple[Any, ...], cause: Exception) -> 
         return torch.func.functional_call(wrapped, state, tensors)
 
     try:
-        with _silent():
+        with silenced():
             traced: fx.GraphModule = make_fx(
                 call, pre_dispatch=True, tracing_mode="real", record_module_stack=True, _error_on_data_dependent_ops=False
             )(state, *args)
@@ -213,7 +214,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def silenced() -> Iterator[None]:
     """torch.export reports its difficulties through loggers, warnings and whole graphs printed; ours go into the report."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -48,11 +48,24 @@ class Input:
 
 
 @dataclass(frozen=True)
+class OwnBackward:
+    """What a module's own autograd reaches: `missed` are the trainable parameters that get no gradient at all.
+
+    `called` are the parameters of the layers that forward calls. `fed` are those that get a gradient that is not zero, known
+    only where forward calls a `torch.autograd.Function`; else None.
+    """
+
+    missed: frozenset[str]
+    called: frozenset[str]
+    fed: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
 class Graph:
     """A program as a graph. `unused` names the trainable parameters that no path of the graph reaches.
 
     `notes` are one-line remarks for the report: what was assumed while the graph was made. `refused` says which limit running
-    it would pass, where that showed without running it.
+    it would pass, where that showed without running it. `own` is what the autograd of a module that could be run reaches.
     """
 
     fx: fx.Graph = field(repr=False)
@@ -63,6 +76,7 @@ class Graph:
     notes: tuple[str, ...] = ()
     examples: tuple[torch.Tensor, ...] | None = field(default=None, repr=False, compare=False)
     refused: str = ""
+    own: OwnBackward | None = None
 
 
 def location_of(node: fx.Node) -> Location:

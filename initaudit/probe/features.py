@@ -7,7 +7,8 @@ one step later neither is true.
 With K the Gram matrix of per-example gradients (the tangent kernel seen along one output direction), gradient descent is stable
 up to the step 2/λ_top and then moves along eigenvector j as 1 - exp(-steps·λ_j/λ_top) (Jacot et al. 2018, section 5). Only the
 eigenvectors of the *centred* kernel tell examples apart; a network whose centred eigenvalues are all far below λ_top cannot
-tell them apart at any step size that does not blow up.
+tell them apart at any step size that does not blow up. It is asked for no more of them than examples have numbers: of a time or
+a place alone a healthy network sees one direction or two at its start.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def features(trace: Trace) -> dict[str, float]:
     for optimizer in OPTIMIZERS:
         kernel, loss, doubt = _kernel(trace, optimizer), lowest_loss(trace, optimizer), doubted(trace, optimizer)
         foreseen = {
-            "slow": _slowness(kernel, _FEW),
+            "slow": _slowness(trace, kernel, _FEW),
             "rank_loss": _rank_loss(trace, kernel),
             "sharpness": _sharpness(_kernel(trace, "sgd")),
             "faded_gradient": min(changes(trace)["gradient_loss"], 12.0),
@@ -97,21 +98,26 @@ def _kernel(trace: Trace, which: str) -> Kernel | None:
     return kernel
 
 
-def _slowness(kernel: Kernel | None, steps: float) -> float:
+def _slowness(trace: Trace, kernel: Kernel | None, steps: float) -> float:
     """-log10 of the mean share learned of a centred direction after `steps` steps of the largest stable size, at most 8."""
     if kernel is None:
         return 8.0
-    n = len(kernel.centred)
-    top = kernel.eigenvalues[0]
-    learned = sum(-math.expm1(-steps * max(e, 0.0) / top * n / _REFERENCE) for e in kernel.centred) / n
+    n, top = len(kernel.centred), kernel.eigenvalues[0]
+    asked = kernel.centred if _directions(trace, kernel) == n - 1 else kernel.centred[: _directions(trace, kernel)]
+    learned = sum(-math.expm1(-steps * max(e, 0.0) / top * n / _REFERENCE) for e in asked) / len(asked)
     return -math.log10(max(learned, _FLOOR))
 
 
 def _rank_loss(trace: Trace, kernel: Kernel | None) -> float:
-    """The logarithm of the factor by which the effective rank falls short of the number of examples, at most 4."""
+    """The logarithm of the factor by which the effective rank falls short of the directions there are, at most 4."""
     if kernel is None or kernel.effective_rank <= 0:
         return 4.0
-    return min(max(math.log((len(kernel.centred) - 1) / kernel.effective_rank), 0.0), 4.0)
+    return min(max(math.log(_directions(trace, kernel) / kernel.effective_rank), 0.0), 4.0)
+
+
+def _directions(trace: Trace, kernel: Kernel) -> int:
+    """In how many directions the examples of a kernel can differ: one fewer than they are, or the numbers of one of them."""
+    return max(min(len(kernel.centred) - 1, trace.numbers or len(kernel.centred)), 1)
 
 
 def _sharpness(kernel: Kernel | None) -> float:

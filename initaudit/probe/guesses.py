@@ -211,10 +211,11 @@ def _usual(b: int, module: nn.Module) -> Iterator[Guess]:
 _HINTS: tuple[tuple[tuple[str, ...], Kind], ...] = (
     (("mask",), "mask"),
     (("_id", "ids", "token", "index", "idx"), "ids"),
-    (("time", "step", "sigma", "t"), "step"),
+    (("time", "step", "sigma"), "step"),
     (("pixel", "image", "img", "frame", "voxel"), "grid"),
     (("feature", "embed", "value", "audio"), "sequence"),
 )
+_WHOLE: dict[str, Kind] = {"t": "step"}
 
 
 def ordered_for(argument: Argument, guesses: Sequence[Guess], module: nn.Module) -> list[Guess]:
@@ -222,10 +223,10 @@ def ordered_for(argument: Argument, guesses: Sequence[Guess], module: nn.Module)
     simple = {"int": 1, "float": 1.0, "bool": False, "str": ""}
     if argument.annotation in simple:
         return [Guess("value", (), value=simple[argument.annotation])]
-    for words, kind in _HINTS:
-        if any(word in argument.name.lower() for word in words) or argument.name.lower() == words[-1]:
-            return [*(g for g in guesses if g.kind == kind), *(g for g in guesses if g.kind != kind)]
-    return list(guesses)
+    name = argument.name.lower()
+    hinted = [kind for words, kind in _HINTS if any(word in name for word in words)]
+    kind = next(iter(hinted), _WHOLE.get(name))
+    return sorted(guesses, key=lambda g: g.kind != kind) if kind is not None else list(guesses)
 
 
 def sizes_in(config: Any, depth: int = 0) -> Iterator[int]:

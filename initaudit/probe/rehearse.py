@@ -1,8 +1,9 @@
 """A rehearsal: a few optimizer steps on a copy, to see what breaks and what is learned. Off unless it is asked for.
 
-The task is to remember: each example of the probe's batch gets a label of its own at random, and cross-entropy is lowered on
-them. A network that can be trained remembers a handful of examples in a few dozen steps; one that cannot tell them apart
-does not, and one that explodes shows where. Nothing of the caller's is written to: the steps are kept beside the weights.
+The task is to remember: each example of the probe's batch gets a label of its own at random (`targets.py`), and cross-entropy
+is lowered on them. A network that can be trained remembers a handful of examples in a few dozen steps; one that cannot tell
+them apart does not, and one that explodes shows where. Nothing of the caller's is written to: the steps are kept beside the
+weights.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from initaudit.meter import Meter, Say, silent
 from initaudit.probe.passes import Observer, Pass, backward, batch_of
 from initaudit.probe.response import STEPS
 from initaudit.probe.run import floated, undisturbed
+from initaudit.probe.targets import targets_of
 
 # The two customary rates of each optimizer: a bold one and a careful one.
 RATES = {"sgd": (0.1, 0.01), "adam": (0.01, 0.001)}
@@ -139,8 +141,8 @@ class _Task:
                 return
             # As many examples a class as can be, in a random order: guessing one class for all remembers few.
             classes = max(2, min(_CLASSES, logits.shape[1]))
-            order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
-            self.labels = (torch.arange(len(logits)) % classes)[order]
+            targets = targets_of(given, self.batch, len(logits), (), torch.Generator().manual_seed(seed))
+            self.labels = targets.classes(classes).flatten()
 
     def _run(self, shift: Mapping[str, Tensor], observers: Sequence[Observer] = ()) -> Pass:
         run = Pass(self.graph, self.constant, device=self.place, shift=shift, observers=observers)

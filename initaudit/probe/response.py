@@ -2,8 +2,8 @@
 
 An initialization is judged by what training makes of it, and some of that cannot be read off the network as it stands: a layer
 that is zero behind a normalization is undone by one step, a gradient that looks right explodes in the second. So small networks
-take some virtual steps on a task of memory, random targets for (at most 32 of) the probe's inputs, at customary step sizes:
-3e-3, 3e-2 and 3e-1 of SGD with momentum 0.9, 3e-4 and 3e-3 of Adam. The caller's weights are not touched.
+take some virtual steps on a task of memory, random targets for (at most 32 of) the probe's inputs (`targets.py`), at customary
+step sizes: 3e-3, 3e-2 and 3e-1 of SGD with momentum 0.9, 3e-4 and 3e-3 of Adam. The caller's weights are not touched.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from initaudit.graph.calls import role_of
 from initaudit.graph.graph import Graph
 from initaudit.meter import Meter, Say, silent
 from initaudit.probe.passes import Pass, backward, batch_of
+from initaudit.probe.targets import Targets, targets_of
 from initaudit.probe.trace import Response
 
 # The customary step sizes, the likeliest first: the others are tried while none has learnt.
@@ -69,7 +70,7 @@ def respond(
         return ()  # a loop of a stranger's graph is run once and not a hundred times
     if batch < _LEAST or not seen.parameters or len(RATES) * STEPS * work(seen) * min(1, _EXAMPLES / batch) > _MOST:
         return ()
-    task = _Task(graph, constant, inputs, device, _tasks(seen, batch, seed))
+    task = _Task(graph, constant, inputs, device, _tasks(seen, inputs, batch, seed))
     if not task.losses:
         return ()
     if batch > _EXAMPLES:
@@ -140,7 +141,7 @@ def _move(
     return -rate * first / (1 - _BETA1**step) / size
 
 
-def _tasks(seen: Pass, batch: int, seed: int) -> dict[fx.Node, Loss]:
+def _tasks(seen: Pass, inputs: Sequence[Tensor], batch: int, seed: int) -> dict[fx.Node, Loss]:
     """A task for every output that has an example along its first axis and hangs on a weight."""
     generator = torch.Generator().manual_seed(seed + 3)
     found = {}
@@ -148,7 +149,9 @@ def _tasks(seen: Pass, batch: int, seed: int) -> dict[fx.Node, Loss]:
         if value.requires_grad and value.dim() > 0 and value.numel() > 0 and value.shape[0] == batch:
             axes = seen.axes.get(node)
             unit = axes.unit if axes is not None and axes.unit not in (None, 0) else value.dim() - 1
-            found[node] = _loss(node, value.detach()[:_EXAMPLES], unit or 0, generator)
+            kept = value.detach()[:_EXAMPLES]
+            targets = targets_of(inputs, batch, len(kept), _places(tuple(value.shape), unit or 0), generator)
+            found[node] = _loss(node, kept, unit or 0, targets)
     return found
 
 
@@ -159,6 +162,11 @@ def _is_sigmoid(node: fx.Node) -> bool:
     return node.op == "call_function" and role_of(node).name in ("sigmoid", "hardsigmoid")
 
 
+def _places(shape: tuple[int, ...], unit: int) -> tuple[int, ...]:
+    """The axes between examples and units."""
+    return tuple(size for i, size in enumerate(shape) if i not in (0, max(unit, 1)))
+
+
 def _rows(value: Tensor, unit: int) -> Tensor:
     """(examples, positions, units)."""
     value = value.unsqueeze(1) if value.dim() == 1 else value
@@ -166,12 +174,12 @@ def _rows(value: Tensor, unit: int) -> Tensor:
     return moved.flatten(1, -2) if moved.dim() > 2 else moved.unsqueeze(1)
 
 
-def _loss(node: fx.Node, value: Tensor, unit: int, generator: torch.Generator) -> Loss:
-    """Cross-entropy with random classes for scores and probabilities along `unit`; squared error where there is one output."""
+def _loss(node: fx.Node, value: Tensor, unit: int, targets: Targets) -> Loss:
+    """Cross-entropy with classes for scores and probabilities along `unit`; squared error where there is one output."""
     rows = _rows(value, unit)
-    (examples, places, classes), device = rows.shape, value.device
+    examples, _, classes = rows.shape
     if _is_sigmoid(node):
-        wanted = torch.randint(2, tuple(rows.shape), generator=generator).to(value)
+        wanted = targets.halves(classes).to(value)
 
         def entropy(x: Tensor) -> Tensor:
             p = _rows(x, unit)[:examples]
@@ -181,17 +189,14 @@ def _loss(node: fx.Node, value: Tensor, unit: int, generator: torch.Generator) -
 
         return entropy, math.log(2)
     if classes == 1:
-        number = torch.randn(tuple(rows.shape), generator=generator)
-        number = ((number - number.mean()) / number.std()).to(device)
+        number = targets.numbers(1).to(value.device)
 
         def error(x: Tensor) -> Tensor:
             y = _rows(x, unit)[:examples]
             return (y - number[: y.shape[0]]).square().mean()
 
         return error, 1.0
-    # As many of every class: to learn how frequent they are must not count as learning.
-    order = torch.randperm(examples * places, generator=generator)
-    label = (torch.arange(examples * places) % classes)[order].view(examples, places, 1).to(device)
+    label = targets.classes(classes).unsqueeze(2).to(value.device)
     shares = bool((rows >= 0).all()) and bool(((rows.sum(-1) - 1).abs() < _NORMED).all())
 
     def surprise(x: Tensor) -> Tensor:

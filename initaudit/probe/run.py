@@ -21,9 +21,13 @@ from initaudit.probe.passes import Observer, Pass, backward, batch_of, cotangent
 from initaudit.probe.recurrence import TimeObserver
 from initaudit.probe.response import respond
 from initaudit.probe.statistics import peak, power
+from initaudit.probe.targets import numbers_of
 from initaudit.probe.trace import ParameterRecord, Trace, Units, WeightRecord
 from initaudit.probe.units import compare_units
 from initaudit.probe.virtual import revived
+
+# Products of equal rows may be summed in different orders.
+_ROUNDING = 1e-5
 
 Sites = Mapping[tuple[fx.Node, fx.Node], Tensor]
 
@@ -79,7 +83,18 @@ def probe(
             time=tuple(along.records),
             measures=measures(graph, observer.signals, weights, run.outputs),
             response=response,
+            numbers=numbers_of(given, batch),
+            alike=_alike(given, ends, batch),
         )
+
+
+def _alike(given: Sequence[Tensor], ends: Sequence[Tensor], batch: int) -> bool:
+    def differ(x: Tensor, least: float = 0.0) -> bool:
+        return bool(((x - x[:1]).abs() > least * x.abs().max()).any()) if x.is_floating_point() else bool((x != x[:1]).any())
+
+    told = [x for x in given if x.dim() and x.shape[0] == batch and x.numel()]
+    made = [x.detach() for x in ends if x.dim() and x.shape[0] == batch and x.numel()]
+    return bool(made) and any(map(differ, told)) and not any(differ(x, _ROUNDING) for x in made)
 
 
 class _Told(Observer):

@@ -132,8 +132,22 @@ class Search:
                 outcome = dataclasses.replace(outcome, error=real_run(self.module, positional, keywords))
             if outcome.ok and outcome.positions is not None and self._longest(assignment) > outcome.positions:
                 outcome = dataclasses.replace(outcome, error=f"a table of {outcome.positions} positions is too short")
+            if outcome.ok and not self._batched(assignment):
+                outcome = dataclasses.replace(outcome, error="the examples are taken for features")
             self.seen[key] = outcome
         return self.seen[key]
+
+    def _batched(self, assignment: Assignment) -> bool:
+        """Whether numbers of one axis count examples: a layer of as many features would take them for one example."""
+        if self.given or not any(g.kind == "step" for g in assignment.values()):
+            return True
+        more = {
+            n: dataclasses.replace(g, shape=(self.batch + 1, *g.shape[1:])) if g.shape[:1] == (self.batch,) else g
+            for n, g in assignment.items()
+        }
+        positional, keywords, names = self.call(more, _hollow_tensor)
+        outcome = self.dry.run(positional, keywords, names)
+        return outcome.ok or outcome.undecided
 
     def call(self, assignment: Assignment, make: Callable[[str, Guess], Any]) -> tuple[list[Any], dict[str, Any], list[str]]:
         """(positional, keywords, names of the positional ones): by position as long as none is left out."""

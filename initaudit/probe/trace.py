@@ -198,7 +198,11 @@ class Response:
 
 @dataclass(frozen=True)
 class Trace:
-    """What the probe saw. `unknown` maps the nodes that could not be run, or lie downstream of one, to the reason."""
+    """What the probe saw. `unknown` maps the nodes that could not be run, or lie downstream of one, to the reason.
+
+    `numbers` is how many real numbers make one of the `batch` examples, None where an input is of integers. `alike` tells that
+    examples that differ at the inputs are the same at every output.
+    """
 
     batch: int
     signals: Mapping[str, Signal]
@@ -215,6 +219,8 @@ class Trace:
     rehearsal: Rehearsal | None = None
     forward: ForwardGains | None = None
     response: tuple[Response, ...] = ()
+    numbers: int | None = None
+    alike: bool = False
 
     @property
     def broken(self) -> bool:

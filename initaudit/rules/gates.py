@@ -1,4 +1,4 @@
-"""Which parameters are factors of a signal: gates, scales of normalizations, LayerScale."""
+"""Which parameters and which signals are factors of a signal: gates, scales of normalizations, LayerScale."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def _multiplies(node: fx.Node) -> bool:
     for user in node.users:
         if user.op != "call_function":
             continue
-        role, bound = role_of(user), arguments(user)
-        name = (role.name or getattr(user.target, "__name__", "")).lower()
+        role, bound, name = role_of(user), arguments(user), _called(user)
         if role.kind == "pointwise" and name in ("mul", "multiply"):
             return True
         if role.kind == "normalization" and any(bound.get(k) is node for k in bound if k.lower() in _SCALES):
@@ -33,6 +32,32 @@ def _multiplies(node: fx.Node) -> bool:
         if role.kind == "passthrough" and _multiplies(user):
             return True
     return False
+
+
+def opens(graph: Graph, name: str) -> bool:
+    """Whether a signal multiplies another one, as it is or as 1 minus itself: a gate, which cuts nothing off by being shut."""
+    from initaudit.graph.calls import role_of
+    from initaudit.graph.constness import constant_nodes
+
+    constant = constant_nodes(graph.fx)
+    stack = [n for n in graph.fx.nodes if n.name == name]
+    seen = set(stack)
+    while stack:
+        for user in stack.pop().users:
+            others = [a for a in user.all_input_nodes if a not in seen and a not in constant]
+            if user.op == "call_function" and _called(user) in ("mul", "multiply") and others:
+                return True
+            alone = not others and (_called(user) in ("sub", "rsub", "neg") or role_of(user).kind == "passthrough")
+            if user.op == "call_function" and alone and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _called(node: fx.Node) -> str:
+    from initaudit.graph.calls import role_of
+
+    return (role_of(node).name or getattr(node.target, "__name__", "")).lower()
 
 
 def silent(graph: Graph, zero: Set[str]) -> list[str]:

@@ -38,6 +38,11 @@ class ProbeSkipped(Rule):
                 "signal and gradient are not judged",
                 "give the module or an ONNX file, and inputs with --input NAME=2x3x224x224:float32 or --data batch.npz",
             )
+        elif evidence.no_probe:
+            yield self.finding(
+                f"the probe went forward only: {evidence.no_probe}; the gradient is not judged",
+                "read the findings about weights and signals, and watch the gradient in the first steps of training",
+            )
 
 
 def _instead(evidence: Evidence) -> str:

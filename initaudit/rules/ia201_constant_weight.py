@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp, residual
@@ -69,8 +70,15 @@ class ConstantWeight(Rule):
         """A constant, and zeros without a way round."""
         return (
             example("0.05 in a hidden layer", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].weight.fill_(0.05))),
+            example("one input, and all behind it alike", lambda: mlp(1, 32, 3, change=_alike)),
             example("zeros in a hidden layer", lambda: mlp(32, 64, 64, 64, 5, change=lambda m: linear(m)[1].weight.zero_())),
         )
+
+
+def _alike(model: Any) -> None:
+    first, second = linear(model)
+    first.weight.fill_(1.0)
+    second.weight[:] = second.weight[:, :1]
 
 
 def _reason(evidence: Evidence, layer: LayerEvidence) -> str:
@@ -79,13 +87,15 @@ def _reason(evidence: Evidence, layer: LayerEvidence) -> str:
     units = 1
     for size, axis in zip(pair.shape, pair.axes, strict=True):
         units *= size if axis == "o" else 1
-    if moments.m2 != 0 or moments.count < 2 or units < 2 or pair.fan_in < 2 or not pair.trainable:
+    if moments.m2 != 0 or moments.count < 2 or units < 2 or not pair.trainable:
         return ""
+    # One weight a unit may be a scale, and those begin equal.
+    scale = pair.fan_in < 2
     if moments.mean == 0:
-        return _zero(evidence, layer)
-    if to_output(layer) and layer.tensor in last_layers(evidence):
-        return ""
+        return "" if scale else _zero(evidence, layer)
     copies = _copies(layer)
+    if (to_output(layer) and layer.tensor in last_layers(evidence)) or (scale and not copies):
+        return ""
     first = f"its {units} units compute one and the same number"
     return first + (", and get the same gradient for ever" if copies else ", apart from their biases, and learn as one")
 

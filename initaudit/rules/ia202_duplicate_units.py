@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from initaudit.pair.records import Feeds
 
 
-# A unit of fewer weights can be equal to another by chance where values are rounded to 16 bits.
-_LEAST = 4
+# A unit of fewer weights can be equal to another by chance where values are rounded to 16 bits (of 64 units of one weight some
+# eight are, before gradients are compared), but never half of them.
+_LEAST, _BY_CHANCE = 4, 0.5
 # Shares of copies from which they cost capacity worth a warning, and from which the layer is broken.
 _SOME, _MANY = 0.02, 0.1
 # Rows whose difference is this share of their norm are the same but for rounding.
@@ -71,15 +72,14 @@ class DuplicateUnits(Rule):
             units = max(seen, key=lambda u: u.distinct, default=None)
             if units is None or units.distinct >= units.count or layer.moments.m2 == 0 or not layer.pair.trainable:
                 continue
-            if layer.moments.count / units.count < self.limit(evidence, "weights"):
-                continue
             # Rows of zeros are dead units, not copies: another rule's.
             copies = units.count - units.distinct
             if copies and len(rows := _rows_of(layer)) == units.count:
                 # The probe compares with the largest row of all: beside one of 1e5 all small rows look equal.
                 copies = min(copies, sum(len(g) - 1 for g in duplicate_rows(rows, sign=True, tolerance=_NEAR)))
             copies -= max(0, _zero_rows(layer) - 1)
-            if copies < max(1.0, self.limit(evidence, "share") * units.count):
+            few = layer.moments.count / units.count < self.limit(evidence, "weights")
+            if copies < max(1.0, (_BY_CHANCE if few else self.limit(evidence, "share")) * units.count):
                 continue
             yield self._copies(evidence, layer, copies, units.count, "equal weights, biases and gradients in the probe")
 
@@ -128,6 +128,7 @@ class DuplicateUnits(Rule):
         """Copies on both sides."""
         return (
             example("equal rows and equal columns behind", lambda: mlp(32, 64, 48, 5, change=_both)),
+            example("one input, and units of two kinds", lambda: mlp(1, 32, 3, change=_two_kinds)),
             example("a unit and its negative before tanh", lambda: mlp(32, 64, 48, 5, act="Tanh", gain=1.0, change=_mirrored)),
         )
 
@@ -174,6 +175,12 @@ def _both(model: Any) -> None:
     _rows(model)
     second = linear(model)[1].weight
     second[:, 32:] = second[:, :32]
+
+
+def _two_kinds(model: Any) -> None:
+    first, second = linear(model)
+    first.weight[:16], first.weight[16:] = 1.0, -2.0
+    second.weight[:, :16], second.weight[:, 16:] = second.weight[:, :1].clone(), second.weight[:, -1:].clone()
 
 
 def _mirrored(model: Any) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
 from initaudit.rules.culprit import culprit
-from initaudit.rules.evidence import Evidence
+from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.health import CONTRAST, below, health, is_constant, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
-from initaudit.rules.support import initial, names, power, ratio_of, view
+from initaudit.rules.support import fields, initial, names, power, ratio_of, view
 
 if TYPE_CHECKING:
     from initaudit.probe.trace import Trace
+
+
+# Of the loss of guessing: what steps cannot get below.
+_STUCK = 0.95
 
 
 class InputsCollapse(Rule):
@@ -51,9 +55,13 @@ class InputsCollapse(Rule):
         same = [n for n in last if is_constant(signals[n], flow.contrast)]
         cut = (x for x in state.layers if any(is_constant(signals.get(r.output), flow.contrast) for r in x.records))
         alone = next(cut, None) if same else None
-        # One of several outputs may be constant on purpose, but not by a layer that sends the same to every input.
-        constant = bool(same) and (len(same) == len(last) or alone is not None)
+        # One of several outputs may be constant on purpose (the volume that a flow starts with), but not by a layer that sends
+        # the same to every input, unless that is a zero which moves at the first step, and another output goes round it.
+        others = [n for n in last if n not in same]
+        meant = bool(others) and (alone is None or (_moves(alone) and _leads(evidence, alone, others)))
+        constant = bool(same) and not meant
         if not level and not constant:
+            yield from self._mixed(evidence)
             return
         alone = alone if constant else culprit(evidence, state, flow.contrast, state.contrast)
         if alone is not None and all(r.input_moment2 == 0 for r in alone.records):
@@ -77,6 +85,21 @@ class InputsCollapse(Rule):
             related=tuple(x.tensor for x in small[1:]),
         )
 
+    def _mixed(self, evidence: Evidence) -> Iterator[Finding]:
+        """Equal outputs though no layer is to blame: forward mixes the examples. Zeros that are meant learn at once."""
+        trace = evidence.trace
+        if trace is None or not trace.alike or not trace.response or any(min(r.losses) < _STUCK for r in trace.response):
+            return
+        last = evidence.layers[-1]
+        yield self.finding(
+            f"all {trace.batch} inputs give the same output, and no virtual step tells them apart, though every layer does: "
+            "forward sums, averages or picks along the axis of the examples",
+            "reduce over the axes of one example only: look for mean, sum, max or an index along axis 0",
+            measured=0.0,
+            expected=1.0,
+            **fields(last),
+        )
+
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
         """A deep stack under He, and LayerScale."""
@@ -90,8 +113,46 @@ class InputsCollapse(Rule):
         """Sigmoids, and a zero layer."""
         return (
             example("ten sigmoid layers", lambda: mlp(32, *[64] * 10, 5, act="Sigmoid", gain=1.0)),
+            example("a mean over the batch", _averaged),
             example("a zero layer", lambda: mlp(32, 64, 64, 64, 5, change=lambda m: linear(m)[1].weight.zero_())),
         )
+
+
+def _averaged() -> Any:
+    import torch
+    from torch import nn
+
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 32)), nn.Linear(32, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.head(self.body(x).mean(0, keepdim=True).expand(x.shape[0], -1))
+            return y
+
+    return Averaged(), (torch.randn(32, 20),)
+
+
+def _moves(layer: LayerEvidence) -> bool:
+    """Whether a layer of zeros gets a gradient."""
+    zero = layer.moments.m2 == 0 and layer.moments.mean == 0
+    return zero and any(r.gradient_norm for r in layer.records)
+
+
+def _leads(evidence: Evidence, layer: LayerEvidence, ends: Collection[str]) -> bool:
+    """Whether a way leads from a layer to one of these nodes."""
+    assert evidence.graph is not None
+    stack = [n for n in evidence.graph.fx.nodes if n.name == layer.pair.node]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.name in ends:
+            return True
+        new = [u for u in node.users if u not in seen]
+        seen.update(new)
+        stack += new
+    return False
 
 
 def _undone(trace: Trace) -> bool:

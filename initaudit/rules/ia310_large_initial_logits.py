@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import expression_of
 from initaudit.rules.rule import Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, initial, is_fresh, to_output
+
+if TYPE_CHECKING:
+    from initaudit.probe.trace import Trace, WeightRecord
 
 # Library heads drawn as U(±1/sqrt(classes)) start at 2 to 4 times ln C with ten classes and train: the first tens of steps
 # bring them down. Beyond both limits more is undone than learnt at first.
@@ -24,7 +28,7 @@ _DRAWS = 256
 class LargeInitialLogits(Rule):
     """The loss that a classifier starts with is far above that of guessing, ln(classes).
 
-    What it does: takes the second moment of the model's output, where a linear layer makes it, and computes the cross-entropy
+    What it does: takes the variance of the model's output, where a linear layer makes it, and computes the cross-entropy
     that logits of this size give against labels they know nothing of. Reported beyond four times ln(classes) and eight nats
     above it. For a regression the same number says that the output starts that far from its targets' scale.
 
@@ -55,7 +59,7 @@ class LargeInitialLogits(Rule):
         for layer in evidence.layers:
             if layer.pair.role != "contraction" or not to_output(layer) or not is_fresh(evidence, layer) or not layer.records:
                 continue
-            moment2, classes = layer.records[0].output_moment2, _classes(layer.pair.shape, layer.pair.axes)
+            moment2, classes = _spread(evidence.trace, layer.records[0]), _classes(layer.pair.shape, layer.pair.axes)
             if moment2 is None or not math.isfinite(moment2) or not _CLASSES[0] <= classes <= _CLASSES[1]:
                 continue
             if evidence.synthetic and not initial(evidence):
@@ -90,6 +94,14 @@ class LargeInitialLogits(Rule):
     def invalid(cls) -> tuple[Example, ...]:
         """A head of N(0, 1)."""
         return (example("N(0, 1) on 400 features", lambda: mlp(32, 400, 50, change=lambda m: linear(m)[-1].weight.normal_())),)
+
+
+def _spread(trace: Trace, record: WeightRecord) -> float | None:
+    """The second moment of the logits without what they have in common, which a softmax does not see."""
+    signal = trace.signals.get(record.output)
+    if signal is None or signal.mean is None or record.output_moment2 is None:
+        return record.output_moment2
+    return max(record.output_moment2 - signal.mean**2, 0.0)
 
 
 def expected_loss(std: float, classes: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from initaudit.rules.evidence import Evidence
@@ -27,9 +27,10 @@ _CUT = 0.1  # share of the parameters
 class NoGradient(Rule):
     """A trainable parameter receives no gradient at all.
 
-    What it does: names parameters whose gradient is exactly zero in the probe and after two virtual steps of all others, and
-    those that forward never reaches. A zero that another zero explains (the branch behind a zero gate) is healthy: it comes
-    alive at the second step. Single tokens and vectors that only training modes use (mask tokens) are left to `info`.
+    What it does: names parameters whose gradient is exactly zero in the probe and after two virtual steps of all others, those
+    that forward never reaches, and those that the module's own autograd does not reach. A zero that another zero explains (the
+    branch behind a zero gate) is healthy: it comes alive at the second step. Single tokens and vectors that only training modes
+    use (mask tokens) are left to `info`.
 
     Why it is bad: such a parameter keeps its random values, and costs memory and an optimizer state.
 
@@ -55,11 +56,15 @@ class NoGradient(Rule):
         graph, trace = evidence.graph, evidence.trace
         if graph is None or not initial(evidence):
             return
-        yield from self._unreached(evidence)
+        missed = _missed_in_forward(evidence)
+        yield from self._unreached(evidence, [n for n in graph.unused if n not in missed])
+        if missed:
+            yield self._missed(evidence, missed)
         if trace is None or trace.broken:
             return
         beyond = leads_to_unknown(evidence)
         silent = {n: p for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None and n not in beyond}
+        silent = {n: p for n, p in silent.items() if p.name not in missed}
         if not silent:
             return
         reaching = _reaching(graph)
@@ -93,26 +98,46 @@ class NoGradient(Rule):
             related=tuple(others),
         )
 
-    def _unreached(self, evidence: Evidence) -> Iterator[Finding]:
+    def _missed(self, evidence: Evidence, missed: frozenset[str]) -> Finding:
+        """Parameters of layers that forward calls, and which the module's own backward pass does not reach."""
+        shapes = {n: a.shape for n, a in evidence.checkpoint.arrays.items()}
+        own = [n for n in shapes if n in missed] or sorted(missed)
+        share = _values(evidence, own)
+        first = next((n for n in own if _matrix(shapes.get(n, ()))), own[0])
+        others = [n for n in own if n != first]
+        small: Severity = "warning" if _matrix(shapes.get(first, ())) else "info"
+        return self.finding(
+            f"no gradient reaches {len(missed)} trainable parameters, although forward computes with them: "
+            f"{names([first, *others])}; it does so under torch.no_grad() or inference_mode(), or goes on with .data or a "
+            "copy; they keep their values for ever",
+            "take that part of forward out of torch.no_grad(), or freeze its parameters with requires_grad_(False)",
+            severity="error" if share > self.limit(evidence, "error") else small,
+            measured=0.0,
+            tensor=first,
+            related=tuple(others),
+        )
+
+    def _unreached(self, evidence: Evidence, unused: list[str]) -> Iterator[Finding]:
         graph = evidence.graph
         assert graph is not None
-        if not graph.unused:
+        if not unused:
             return
         shapes = {n: a.shape for n, a in evidence.checkpoint.arrays.items()}
-        layers = [n for n in graph.unused if _matrix(shapes.get(n, ()))]
+        layers = [n for n in unused if _matrix(shapes.get(n, ()))]
         # A path that one batch does not take (an expert without tokens), or an input that was not given, is no weight's fault.
         left_out = any("by running" in note for note in graph.notes) or _optional_inputs(evidence)
-        share = len(layers) / max(1, len(layers) + len(evidence.layers))
-        level: Severity = "error" if layers and not left_out else "info"
+        values = _values(evidence, unused)
+        # What is left over where a stack ends (the last skip of a WaveNet) is waste, not a network that cannot learn.
+        level: Severity = "info" if left_out or not layers else "error" if values > self.limit(evidence, "error") else "warning"
         yield self.finding(
-            f"forward never reaches {len(graph.unused)} trainable parameters: {names(list(graph.unused))}"
-            + (f" ({100 * share:.0f} % of the weights)" if layers else "")
+            f"forward never reaches {len(unused)} trainable parameters: {names(unused)}"
+            + (f" ({100 * values:.2g} % of all values)" if layers else "")
             + ("; an input that was left out may lead there" if left_out else "; they keep their random values"),
             "call the layer in forward, or delete it; or freeze it with requires_grad_(False)",
             severity=level,
             measured=0.0,
-            tensor=(layers or list(graph.unused))[0],
-            related=tuple(n for n in graph.unused if n != (layers or list(graph.unused))[0]),
+            tensor=(layers or unused)[0],
+            related=tuple(n for n in unused if n != (layers or unused)[0]),
         )
 
     @classmethod
@@ -129,10 +154,47 @@ class NoGradient(Rule):
         return (
             example("a forgotten layer", _forgotten),
             example("codes that are chosen by argmax", _chosen),
+            example("an encoder under no_grad", _blocked),
             example(
                 "biases that switch all units off", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-99))
             ),
         )
+
+
+def _missed_in_forward(evidence: Evidence) -> frozenset[str]:
+    """The parameters that autograd misses, and of which the graph does not tell why.
+
+    A layer that was called is reached, also where the trace lost sight of it, and of the inputs with it.
+    """
+    graph = evidence.graph
+    if graph is None or graph.own is None:
+        return frozenset()
+    told = {p.name for p in evidence.trace.parameters.values() if p.gradient_zero} if evidence.trace is not None else set[str]()
+    lost = set(graph.unused) if _reads_inputs(graph) else set(graph.unused) - graph.own.called
+    return graph.own.missed - told - lost
+
+
+def _reads_inputs(graph: Graph) -> bool:
+    """Whether a way leads from an input to an output."""
+    stack = [n for n in graph.fx.nodes if n.op == "placeholder"]
+    seen = set(stack)
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _values(evidence: Evidence, given: Collection[str]) -> float:
+    """The share of these parameters in the values of all trainable ones, those that forward does not reach included."""
+    assert evidence.graph is not None
+    sizes = {n: math.prod(a.shape) for n, a in evidence.checkpoint.arrays.items()}
+    trainable = {c.name for c in evidence.graph.constants.values() if c.kind == "parameter" and c.trainable}
+    whole = sum(sizes.get(n, 0) for n in trainable | {*given, *evidence.graph.unused})
+    return sum(sizes.get(n, 0) for n in given) / max(1, whole)
 
 
 def _cut(evidence: Evidence, silent: list[ParameterRecord]) -> ParameterRecord:
@@ -217,6 +279,24 @@ def _forgotten() -> Any:
             return y
 
     return Skips(), (torch.randn(8, 16),)
+
+
+def _blocked() -> Any:
+    import torch
+    from torch import nn
+
+    class Blocked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Linear(16, 32), nn.Linear(32, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = torch.relu(self.encoder(x))
+            y: torch.Tensor = self.head(x)
+            return y
+
+    return Blocked(), (torch.randn(64, 16),)
 
 
 def _chosen() -> Any:
