@@ -127,6 +127,28 @@ def test_one_fault_is_one_finding_that_names_it(name, weight, change, codes):
     assert [(f.code in codes, f.tensor) for f in loud] == [(True, weight)]
 
 
+def constant(w):
+    w.fill_(0.1)
+
+
+PAIRS = [
+    (("4.weight", constant, "IA201"), ("12.weight", thousandth, "IA101")),
+    (("4.weight", nan, "IA401"), ("12.weight", thousandfold, "IA109")),
+    (("4.bias", lambda b: b.fill_(-20), "IA111"), ("12.weight", thousandth, "IA109")),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " and ".join(code for _, _, code in pair))
+def test_two_faults_are_two_findings(pair):
+    module, x = built(*HEALTHY["plain"])
+    with torch.no_grad():
+        for name, change, _ in pair:
+            change(module.get_parameter(name))
+    loud = [f for f in audit(module, (x,)).findings if f.severity != "info"]
+    assert [f.code for f in loud] == [code for _, _, code in pair]
+    assert [f.tensor for f in loud] == [name.replace("bias", "weight") for name, _, _ in pair]
+
+
 def test_thirty_layers_that_lose_the_signal_are_one_finding():
     torch.manual_seed(0)
     loud = [f for f in audit(plain(30, gain=0.8), (torch.randn(ROWS),)).findings if f.severity != "info"]

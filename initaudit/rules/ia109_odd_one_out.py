@@ -135,7 +135,8 @@ class OddOneOut(Rule):
         errors = apart(first.moments.variance, usual**2, math.hypot(error_of(middle), error_of(first)))
         return self.finding(
             f"standard deviation {first.moments.std:.3g}, {first.moments.std / usual:.2g} of the {usual:.3g} of its "
-            f"{len(agree)} siblings before the same {activation_of(first)}, "
+            f"{len(agree)} siblings"
+            f"{'' if activation_of(first) in ('linear', 'unknown') else ' before the same ' + activation_of(first)}, "
             f"{abs(errors):.0f} standard errors apart: "
             "it was probably left out by the initializer, and changes signal and gradient by that factor",
             normal_line([(x, middle.moments.std * math.sqrt(law(middle) / law(x))) for x in odd]),

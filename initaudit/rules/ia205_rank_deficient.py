@@ -65,9 +65,9 @@ class RankDeficient(Rule):
             rank, most = found
             if rank < self.limit(evidence, "rank") * most:
                 yield self.finding(
-                    f"of {most} directions that a weight of this shape has at least, {rank} are independent (singular "
-                    "values above "
-                    "rounding): what the layer sends on lies in these few, and so does the gradient behind it",
+                    f"its units span only {rank} direction{'' if rank == 1 else 's'}, where a draw of this shape spans "
+                    f"{'at least ' if most == _SIDE else ''}{most} (singular values above rounding): what the layer sends on "
+                    "lies in these few, and so does the gradient behind it",
                     init_line(layer),
                     measured=float(rank),
                     expected=float(most),

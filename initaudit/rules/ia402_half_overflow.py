@@ -86,7 +86,7 @@ class HalfOverflow(Rule):
             + (
                 ": no draw and no training gives such weights"
                 if peak > self.limit(evidence, "absurd")
-                else ": cast to float16 they become infinite"
+                else ": in float16 they are infinite, and in any type such a weight decides its unit alone"
             ),
             reset_line(evidence, name),
             severity="error" if half or peak > self.limit(evidence, "absurd") else "warning",
