@@ -255,7 +255,9 @@ def _records(
         seen.add(pair.tensor)
         yield TensorRecord(pair.tensor, "weight", layer.moments, layer.recognition)
         bias = arrays.get(pair.bias) if pair.bias is not None else None
-        if bias is not None and bias.name in tensors and bias.name not in seen and len(bias.shape) == 1:
+        # ONNX keeps the biases of a recurrent layer as `directions, gates`
+        vector = bias is not None and (len(bias.shape) == 1 or pair.role == "recurrent")
+        if bias is not None and vector and bias.name in tensors and bias.name not in seen:
             seen.add(bias.name)
             yield TensorRecord(
                 bias.name, "bias", tensors[bias.name], _of_bias(bias, layer), pair.tensor, levels=_levels(arrays.get(bias.name))
@@ -283,12 +285,12 @@ def _of_bias(bias: Array, layer: LayerEvidence) -> Recognition | None:
     """
     if bias.size == 0:
         return None
-    pair = layer.pair
-    candidates = [dataclasses.replace(site(pair), shape=bias.shape, axes=("o",), convention=(pair.fan_in, pair.fan_out))]
+    pair, shape = layer.pair, (bias.size,)
+    candidates = [dataclasses.replace(site(pair), shape=shape, axes=("o",), convention=(pair.fan_in, pair.fan_out))]
     if pair.operator.startswith("conv_transpose"):
         candidates.append(dataclasses.replace(candidates[0], convention=(pair.fan_out, pair.fan_in)))
     try:
-        seen = observe(bias.read())
+        seen = observe(bias.read().reshape(shape))
     except InitauditError:
         return None
     found = [recognise(seen, candidate) for candidate in candidates]

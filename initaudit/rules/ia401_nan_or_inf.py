@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from initaudit.location import NOWHERE
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import convs, example, mlp
+from initaudit.rules.norms import norms
 from initaudit.rules.remedy import init_line, reset_line
 from initaudit.rules.rule import EXACT, Example, Finding, Rule
 from initaudit.rules.structure import is_mask
@@ -70,6 +71,8 @@ class NanOrInf(Rule):
         trace, graph = evidence.trace, evidence.graph
         if trace is None or graph is None or not trace.broken:
             return
+        if any(n.variance in evidence.tensors and evidence.tensors[n.variance].min < 0 for n in norms(evidence)):
+            return  # the root of it is NaN: IA508 says so
         from initaudit.graph.graph import location_of
 
         forward = any(not s.finite for n in trace.outputs if (s := trace.signals.get(n)) is not None)

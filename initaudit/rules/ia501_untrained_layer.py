@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,8 +22,10 @@ class UntrainedLayer(Rule):
 
     What it does: tests every weight for being an independent draw from a known law (moments, extremes, rows and columns,
     largest singular value), and reports those that are, where most of the others are not. Weights that are frozen, and those
-    that cannot have learnt because a zero behind them stops their gradient (LoRA's A before its B), are left out. Where only
-    layers that make the output are fresh, or zero, it is a remark: a new head belongs to every fine-tuning.
+    that cannot have learnt because a zero behind them stops their gradient (LoRA's A before its B), are left out. A matrix of
+    zeros is an error where it cuts trained weights off from the gradient, and a warning where it may belong to a branch that
+    was never trained. Where only layers that make the output are fresh, or zero, it is a remark: a new head belongs to every
+    fine-tuning. Without a graph a head is a matrix of whose outputs no other weight takes as many.
 
     Why it is bad: a key did not match when the checkpoint was loaded, so that this layer is random. The model answers, badly.
 
@@ -47,14 +50,17 @@ class UntrainedLayer(Rule):
         """One finding for all layers of this kind."""
         if evidence.phase not in ("trained", "mixed"):
             return
-        yield from self._emptied(evidence)
+        emptied = list(self._emptied(evidence))
+        yield from emptied
+        yield from self._zeros(evidence, {name for finding in emptied for name in (finding.tensor, *finding.related)})
         judged = {x.tensor: x for x in evidence.layers if x.recognition is not None and x.pair.role != "embedding"}
-        fresh = [x for x in judged.values() if _is_draw(x) and not _stopped(x)]
+        adapters = {name for pair in _adapters(evidence) for name in pair}
+        fresh = [x for x in judged.values() if _is_draw(x) and not _stopped(x) and x.tensor not in adapters]
         trained = [x for x in judged.values() if x.recognition is not None and x.recognition.verdict == "trained"]
         most = self.limit(evidence, "fresh") * (len(fresh) + len(trained))
         if not fresh or len(trained) < self.limit(evidence, "trained") or len(fresh) > most:
             return
-        head = all(to_output(x) for x in fresh)
+        head = all(_makes_output(evidence, x) for x in fresh)
         first = fresh[0]
         assert first.recognition is not None
         fit = first.recognition.schemes[0]
@@ -103,6 +109,29 @@ class UntrainedLayer(Rule):
             related=(*(x.tensor for x in empty[1:]), *cut),
         )
 
+    def _zeros(self, evidence: Evidence, named: set[str]) -> Iterator[Finding]:
+        """Matrices of zeros round which the signal finds a way, or of which no graph tells: never trained, or wiped."""
+        trained = {x.tensor for x in evidence.layers if x.recognition is not None and x.recognition.verdict == "trained"}
+        adapters = {zero for _, zero in _adapters(evidence)}
+        empty = {x.tensor: x for x in evidence.layers if _is_empty(x) and x.tensor not in named | adapters}
+        if not empty or len(trained) < self.limit(evidence, "trained"):
+            return
+        found = list(empty.values())
+        head = all(_makes_output(evidence, x) for x in found)
+        yield self.finding(
+            f"all {found[0].moments.count:,} values of {names(found)} are zero, while {len(trained)} others are trained: "
+            + ("right for a new head, else it was not loaded" if head else "never trained, or wiped when the file was written"),
+            _again(*found),
+            severity="info" if head else "warning",
+            measured=0.0,
+            expected=found[0].expectation.exact or found[0].expectation.lecun or 1 / max(1, found[0].pair.fan_in),
+            law=EXACT + "a step moves every value whose gradient is not zero",
+            tensor=found[0].tensor,
+            site=found[0].pair.site,
+            location=found[0].pair.location,
+            related=tuple(x.tensor for x in found[1:]),
+        )
+
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
         """All layers trained."""
@@ -114,6 +143,7 @@ class UntrainedLayer(Rule):
         return (
             example("one layer made again", lambda: trained(lambda m: linear(m)[2].reset_parameters())),
             example("a layer of zeros", lambda: trained(lambda m: linear(m)[2].weight.zero_())),
+            example("a branch of zeros", lambda: trained(_silent_branch)),
             example("a head made again", lambda: trained(lambda m: m.append(_head(m.pop(-1))))),
         )
 
@@ -127,6 +157,21 @@ def _head(old: Any) -> Any:
     from torch import nn
 
     return nn.Linear(old.in_features, old.out_features * 8)
+
+
+def _silent_branch(model: Any) -> None:
+    from torch import nn
+
+    class Beside(nn.Module):
+        def __init__(self, base: Any) -> None:
+            super().__init__()
+            self.base, self.branch = base, nn.Linear(64, 64)
+            nn.init.zeros_(self.branch.weight)
+
+        def forward(self, x: Any) -> Any:
+            return self.base(x) + self.branch(x)
+
+    model[4] = Beside(model[4])
 
 
 def _adapted() -> Any:
@@ -145,6 +190,60 @@ def _adapted() -> Any:
 
     model[4] = Adapted(model[4])
     return model, inputs
+
+
+def _is_empty(layer: LayerEvidence) -> bool:
+    """Whether a matrix is zero as a whole; vectors of zeros (shifts, tokens) are what many networks keep."""
+    return layer.moments.count > 0 and layer.moments.zeros == layer.moments.size and sum(n > 1 for n in layer.pair.shape) > 1
+
+
+def _adapters(evidence: Evidence) -> list[tuple[str, str]]:
+    """(drawn factor, zero factor) of products as they are added to trained weights before they learn.
+
+    The zero one takes what the other gives, fewer values than go in or come out, and both stand side by side in the model.
+    """
+    zeros = [x for x in evidence.layers if _is_empty(x)]
+    drawn = [x for x in evidence.layers if _is_draw(x)] if zeros else []
+    return [
+        (a.tensor, b.tensor)
+        for b in zeros
+        for a in drawn
+        if a.pair.fan_out == b.pair.fan_in < min(a.pair.fan_in, b.pair.fan_out) and _together(a.tensor, b.tensor)
+    ]
+
+
+def _together(first: str, second: str) -> bool:
+    """Whether names differ in one part only: `q.lora_A.weight` and `q.lora_B.weight`."""
+    a, b = first.split("."), second.split(".")
+    return len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) <= 1
+
+
+# The outputs of a convolution are flattened over places; those of a matrix are split or concatenated over a few parts (three
+# of attention, two of a gated unit). Below this many outputs every width is a multiple of them.
+_PARTS, _PLACES, _MANY = 4, 1024, 16
+
+
+def _makes_output(evidence: Evidence, layer: LayerEvidence) -> bool:
+    """Whether a weight makes the output: by the graph, else because no other weight takes what it gives."""
+    if evidence.graph is not None:
+        return to_output(layer)
+    out = layer.pair.fan_out if layer.pair.gates else layer.moments.size // max(1, layer.pair.fan_in)
+    if layer.pair.role != "contraction":
+        return False
+    most = _PLACES if layer.pair.operator.startswith("conv") else _PARTS
+    for other in evidence.layers:
+        taken = other.pair.fan_in * other.pair.groups // max(1, _taps(other))
+        if other.tensor == layer.tensor or other.pair.role == "embedding" or not taken:
+            continue
+        split = out % taken == 0 and out // taken <= _PARTS
+        joined = taken % out == 0 and (taken == out or (out >= _MANY and taken // out <= most))
+        if split or joined:
+            return False
+    return True
+
+
+def _taps(layer: LayerEvidence) -> int:
+    return math.prod(size for size, axis in zip(layer.pair.shape, layer.pair.axes, strict=True) if axis == "k")
 
 
 def _stopped(layer: LayerEvidence) -> bool:

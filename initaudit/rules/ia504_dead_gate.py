@@ -8,6 +8,7 @@ from typing import Any
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, trained
 from initaudit.rules.gates import silent
+from initaudit.rules.norms import norms
 from initaudit.rules.remedy import parameter
 from initaudit.rules.rule import EXACT, Example, Finding, Rule
 from initaudit.rules.support import names
@@ -17,7 +18,8 @@ class DeadGate(Rule):
     """A scale or gate is exactly zero after training, so its branch contributes nothing.
 
     What it does: finds parameters that multiply a signal (a scalar, one number a channel, or a normalization's scale), in a
-    trained network, whose values are all exactly zero, also behind a function that keeps the zero.
+    trained network, whose values are all exactly zero, also behind a function that keeps the zero. Without a graph only the
+    scales of normalizations are known: vectors that stand without a matrix beside them.
 
     Why it is bad: the branch was never used: it was frozen, left out of the optimizer, or lost when the checkpoint was saved.
     Its layers cost time and do nothing.
@@ -37,10 +39,13 @@ class DeadGate(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all gates of this kind."""
-        if evidence.graph is None or evidence.phase not in ("trained", "mixed"):
+        if evidence.phase not in ("trained", "mixed"):
             return
         zero = {n for n, m in evidence.tensors.items() if m.count and m.min == m.max == 0.0}
-        gates = silent(evidence.graph, zero)
+        if evidence.graph is not None:
+            gates = silent(evidence.graph, zero)
+        else:
+            gates = [n.scale for n in norms(evidence) if n.scale in zero and evidence.tensors[n.scale].count > 1]
         if gates:
             gate = parameter(evidence, gates[0])
             yield self.finding(

@@ -34,6 +34,7 @@ CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IA001", ("IA002", "IA004"), ("IA003",)),
     ("IA502", (), ("IA201", "IA311", "IA003")),
     ("IA206", (*_SIGNAL, *_SCALES, "IA401", "IA402", "IA601"), _VALUES),
+    ("IA508", _GROWS, ("IA401",)),
     ("IA401", (*_SIGNAL, "IA004"), (*_VALUES, "IA201", "IA203", "IA601")),
     ("IA207", _DIES, ("IA201",)),
     ("IA201", (*_DIES, *_GROWS, *_SCALES), ("IA101", "IA109", "IA202", "IA204", "IA205", "IA501")),
