@@ -159,3 +159,22 @@ def test_a_path_that_falls_out_at_random_is_no_cut():
 
 def test_a_forward_that_cannot_be_run_says_nothing():
     assert own_backward(Net(FED["plain"]), (torch.randn(3, 5),), {}) is None
+
+
+def test_a_network_that_is_frozen_as_drawn_is_told():
+    net = Net(FED["plain"]).requires_grad_(False)
+    assert alarms(initaudit.audit(net, inputs())) == [("IA311", "warning")]
+
+
+def test_outputs_may_be_distributions():
+    class Actor(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.mean, self.log_std = nn.Linear(12, 32), nn.Linear(32, 2), nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            return torch.distributions.Normal(self.mean(torch.tanh(self.body(x))), self.log_std.exp())
+
+    found = initaudit.audit(Actor(), inputs())
+    assert alarms(found) == []
+    assert {layer.tensor for layer in found.layers} == {"body.weight", "mean.weight"}

@@ -44,7 +44,7 @@ class _Flat(nn.Module):
 
 
 def float_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The floating-point tensors of nested containers and dataclasses, in order."""
+    """The floating-point tensors of nested containers, dataclasses and distributions, in order."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
             yield value
@@ -54,6 +54,9 @@ def float_tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from float_tensors(item)
+    elif isinstance(value, torch.distributions.Distribution):
+        # Its parameters as forward gave them; those that it would compute from them (probs of logits) are properties.
+        yield from float_tensors([v for k, v in vars(value).items() if k in value.arg_constraints])
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for entry in dataclasses.fields(value):
             yield from float_tensors(getattr(value, entry.name))

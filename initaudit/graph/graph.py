@@ -52,12 +52,13 @@ class OwnBackward:
     """What a module's own autograd reaches: `missed` are the trainable parameters that get no gradient at all.
 
     `called` are the parameters of the layers that forward calls. `fed` are those that get a gradient that is not zero, known
-    only where forward calls a `torch.autograd.Function`; else None.
+    only where forward calls a `torch.autograd.Function`; else None. `frozen` says that no parameter asks for a gradient.
     """
 
     missed: frozenset[str]
     called: frozenset[str]
     fed: frozenset[str] | None = None
+    frozen: bool = False
 
 
 @dataclass(frozen=True)

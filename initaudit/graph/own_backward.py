@@ -21,6 +21,8 @@ def own_backward(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str
 
     The module is left as it was. None where forward cannot be run as it stands.
     """
+    if not any(p.requires_grad for p in module.parameters()):
+        return OwnBackward(frozenset(), frozenset(), frozen=any(True for _ in module.parameters()))
     try:
         with as_found(module), silenced(), torch.enable_grad():
             module.eval()

@@ -56,6 +56,8 @@ class NoGradient(Rule):
         graph, trace = evidence.graph, evidence.trace
         if graph is None or not initial(evidence):
             return
+        if graph.own is not None and graph.own.frozen:
+            yield from self._frozen(evidence)
         missed = _missed_in_forward(evidence)
         yield from self._unreached(evidence, [n for n in graph.unused if n not in missed])
         if missed:
@@ -72,7 +74,9 @@ class NoGradient(Rule):
         # What a step without a derivative stops is one cause, and told as one where it is most of what gets no gradient.
         cut_off = 2 * len(stopped) > len(silent)
         first = _cut(evidence, list((stopped if cut_off else silent).values()))
-        matrices = any(_matrix(p.shape) for p in silent.values())
+        # A layer of one unit is a layer all the same.
+        used = {c for x in evidence.layers if x.pair.role == "contraction" for c in x.pair.constants}
+        matrices = any(_matrix(p.shape) or (p.name in used and len(p.shape) > 1) for p in silent.values())
         elements = {n: math.prod(p.shape) for n, p in trace.parameters.items()}
         share = sum(elements[n] for n in silent) / max(1, sum(elements.values()))
         others = [p.name for p in silent.values() if p is not first]
@@ -97,6 +101,19 @@ class NoGradient(Rule):
             tensor=first.name,
             related=tuple(others),
         )
+
+    def _frozen(self, evidence: Evidence) -> Iterator[Finding]:
+        held = [x.tensor for x in evidence.layers]
+        if held:
+            yield self.finding(
+                f"every parameter is frozen (requires_grad is False), and the weights are as drawn: {names(held)}; no "
+                "optimizer can change any of them",
+                "module.requires_grad_(True), or load trained weights before they are frozen",
+                severity="warning",
+                measured=0.0,
+                tensor=held[0],
+                related=tuple(held[1:]),
+            )
 
     def _missed(self, evidence: Evidence, missed: frozenset[str]) -> Finding:
         """Parameters of layers that forward calls, and which the module's own backward pass does not reach."""
@@ -155,6 +172,7 @@ class NoGradient(Rule):
             example("a forgotten layer", _forgotten),
             example("codes that are chosen by argmax", _chosen),
             example("an encoder under no_grad", _blocked),
+            example("all frozen", _frozen),
             example(
                 "biases that switch all units off", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-99))
             ),
@@ -279,6 +297,11 @@ def _forgotten() -> Any:
             return y
 
     return Skips(), (torch.randn(8, 16),)
+
+
+def _frozen() -> Any:
+    model, inputs = mlp(16, 32, 4)
+    return model.requires_grad_(False), inputs
 
 
 def _blocked() -> Any:
