@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,3 +143,20 @@ def test_a_new_norm_is_no_reset_one(networks: dict[str, tuple[nn.Module, torch.T
         {**state, **{f"new.{name}": value for name, value in nn.BatchNorm2d(16).state_dict().items()}}, tmp_path / "x.pt"
     )
     assert found(tmp_path / "x.pt") == []
+
+
+def test_what_a_shard_took_with_it_is_not_called_untrained(
+    networks: dict[str, tuple[nn.Module, torch.Tensor]], tmp_path: Path
+) -> None:
+    """One cause, one finding: the module's own values stand where the lost ones should, and the finding says so."""
+    state = networks["net"][0].state_dict()
+    gone = {name: "b-00002-of-00002.bin" for name in state if name.startswith(("branch", "back"))}
+    kept = {name: value for name, value in state.items() if name not in gone}
+    torch.save(kept, tmp_path / "b-00001-of-00002.bin")
+    index = {"weight_map": {**dict.fromkeys(kept, "b-00001-of-00002.bin"), **gone}}
+    (tmp_path / "b.bin.index.json").write_text(json.dumps(index))
+    report = initaudit.audit(tmp_path, torch.randn(4, 1, 8, 8), config={"arch": f"{__name__}:Net"})
+    assert [f.code for f in report.findings if f.severity != "info"] == ["IA502"]
+    message = report.findings[0].message
+    assert "b-00002-of-00002.bin is missing: 4 tensors with it" in message
+    assert "leaves 4 of them as drawn" in message

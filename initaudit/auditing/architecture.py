@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -153,8 +153,8 @@ def attach(checkpoint: Checkpoint, module: nn.Module, label: str) -> Checkpoint:
     values = {own: _typed(as_tensor(checkpoint.arrays[theirs]), state[own]) for own, theirs in good.items()}
     problems = [*checkpoint.problems, *_untied(state, good, checkpoint.arrays, values)]
     kept = _assign(module, state, values)
-    problems += differences(
-        checkpoint, label, [n for n in _lacking(state, kept) if n not in reshaped], _left(names, checkpoint.arrays),
+    problems = with_differences(
+        problems, label, [n for n in _lacking(state, kept) if n not in reshaped], _left(names, checkpoint.arrays),
         {own: (checkpoint.arrays[names[own]].shape, tuple(state[own].shape)) for own in reshaped},
     )  # fmt: skip
     notes = (f"paired through {label}", *((f"prefix '{show(prefix)}' matched",) if prefix else ()))
@@ -185,23 +185,36 @@ def joined(
     )
 
 
-def differences(
-    checkpoint: Checkpoint,
+def with_differences(
+    known: Iterable[Problem],
     label: str,
     missing: list[str],
     unexpected: list[str],
     reshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
-) -> Iterator[Problem]:
-    """One IA502 each for what the file lacks, what it has besides, and what it has in another shape."""
-    if missing:
-        text = f"{label} has {_some(missing)}, which the file lacks: left as drawn"
-        yield Problem("IA502", missing[0], text)
+) -> list[Problem]:
+    """The `known` problems of a checkpoint, and one IA502 each for what the file lacks, has besides, and has in another shape.
+
+    What is missing with a shard that the loader missed already is a consequence, and is said there.
+    """
+    problems, unsaid = list(known), list(missing)
+    for place, problem in enumerate(problems):
+        lost = {problem.tensor, *problem.related} if problem.code == "IA502" else set()
+        if lost.intersection(unsaid):
+            drawn = sum(name in lost for name in unsaid)
+            problems[place] = dataclasses.replace(
+                problem, message=f"{problem.message}; {label} leaves {drawn} of them as drawn"
+            )
+            unsaid = [name for name in unsaid if name not in lost]
+    if unsaid:
+        text = f"{label} has {_some(unsaid)}, which the file lacks: left as drawn"
+        problems.append(Problem("IA502", unsaid[0], text, related=tuple(unsaid[1:])))
     if unexpected:
         text = f"the file holds {_some(unexpected)}, which {label} does not have: it is not used"
-        yield Problem("IA502", unexpected[0], text, severity="warning")
+        problems.append(Problem("IA502", unexpected[0], text, severity="warning"))
     for name, (theirs, own) in list(reshaped.items())[:20]:
         text = f"{show(name)} is {list(theirs)} in the file and {list(own)} in {label}"
-        yield Problem("IA502", name, text)
+        problems.append(Problem("IA502", name, text))
+    return problems
 
 
 def _some(names: list[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from initaudit.auditing.architecture import as_tensor, differences, joined, quietly
+from initaudit.auditing.architecture import as_tensor, joined, quietly, with_differences
 from initaudit.errors import InitauditError
 from initaudit.load.checkpoint import Array, Checkpoint
 from initaudit.load.spans import reason, show
@@ -85,7 +85,7 @@ def _attached(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     missing = sorted(name for name in info["missing_keys"] if name not in reshaped)
     unexpected = sorted(name for name in info["unexpected_keys"] if _is_float(checkpoint.arrays.get(name)))
     label = f"transformers' {kind.__name__}"
-    problems = [*checkpoint.problems, *differences(checkpoint, label, missing, unexpected, reshaped)]
+    problems = with_differences(checkpoint.problems, label, missing, unexpected, reshaped)
     version = __import__("transformers").__version__
     return joined(checkpoint, module.eval(), arrays, problems, (f"paired through {kind.__name__} of transformers {version}",))
 

@@ -49,13 +49,14 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 class Problem:
     """Something a loader noticed and that a rule reports: `code` is the rule's ("IA001", "IA502", "IA505").
 
-    `severity` is given where it is less than the rule's own.
+    `severity` is given where it is less than the rule's own; `related` are the other tensors that it is about.
     """
 
     code: str
     tensor: str
     message: str
     severity: Literal["error", "warning", "info"] | None = None
+    related: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

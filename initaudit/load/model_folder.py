@@ -161,11 +161,13 @@ def _from_index(
         if Path(shard).name != shard or not path.is_file() or _leaves(folder, path):
             found_text = "lies outside the folder" if Path(shard).name != shard or path.is_symlink() else "is missing"
             example = f"{len(promised)} tensors with it, such as {show(promised[0])}"
-            problems.append(Problem("IA502", promised[0], f"{where}: the shard {show(shard)} {found_text}: {example}"))
+            text = f"{where}: the shard {show(shard)} {found_text}: {example}"
+            problems.append(Problem("IA502", promised[0], text, related=tuple(promised[1:])))
             continue
         made = pickles.get(path) or _read(path)
         if isinstance(made, UnreadableModel):
-            problems.append(Problem("IA502", promised[0], f"{made}; {len(promised)} tensors are lost with it"))
+            text = f"{made}; {len(promised)} tensors are lost with it"
+            problems.append(Problem("IA502", promised[0], text, related=tuple(promised[1:])))
             continue
         forms.append(made.format)
         arrays.update(made.arrays)
@@ -173,9 +175,8 @@ def _from_index(
         known = {*made.arrays, *(problem.tensor for problem in made.problems)}
         lost = [name for name in promised if name not in known]
         if lost:
-            problems.append(
-                Problem("IA502", lost[0], f"{where}: {show(shard)} lacks {_some(lost)}, which the index puts there")
-            )
+            text = f"{where}: {show(shard)} lacks {_some(lost)}, which the index puts there"
+            problems.append(Problem("IA502", lost[0], text, related=tuple(lost[1:])))
     unexpected = [name for name in arrays if name not in weights]
     if unexpected:
         problems.append(Problem("IA502", unexpected[0], f"{where}: {_some(unexpected)} is in a shard and not in the index"))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from initaudit.load.checkpoint import Checkpoint
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, trained
 from initaudit.rules.remedy import init_line
@@ -54,8 +55,8 @@ class UntrainedLayer(Rule):
         yield from emptied
         yield from self._zeros(evidence, {name for finding in emptied for name in (finding.tensor, *finding.related)})
         judged = {x.tensor: x for x in evidence.layers if x.recognition is not None and x.pair.role != "embedding"}
-        adapters = {name for pair in _adapters(evidence) for name in pair}
-        fresh = [x for x in judged.values() if _is_draw(x) and not _stopped(x) and x.tensor not in adapters]
+        left_out = {name for pair in _adapters(evidence) for name in pair} | lost(evidence.checkpoint)
+        fresh = [x for x in judged.values() if _is_draw(x) and not _stopped(x) and x.tensor not in left_out]
         trained = [x for x in judged.values() if x.recognition is not None and x.recognition.verdict == "trained"]
         most = self.limit(evidence, "fresh") * (len(fresh) + len(trained))
         if not fresh or len(trained) < self.limit(evidence, "trained") or len(fresh) > most:
@@ -146,6 +147,11 @@ class UntrainedLayer(Rule):
             example("a branch of zeros", lambda: trained(_silent_branch)),
             example("a head made again", lambda: trained(lambda m: m.append(_head(m.pop(-1))))),
         )
+
+
+def lost(checkpoint: Checkpoint) -> set[str]:
+    """The tensors that the file lacks: what a module has in their place was drawn, and IA502 says why."""
+    return {name for p in checkpoint.problems if p.code == "IA502" for name in (p.tensor, *p.related)}
 
 
 def _again(*layers: LayerEvidence) -> str:

@@ -41,6 +41,7 @@ class MissingTensor(Rule):
                     "save the checkpoint again, complete, or fetch the missing shard",
                     severity=problem.severity,
                     tensor=problem.tensor,
+                    related=problem.related,
                 )
         yield from self._against_base(evidence)
         onnx = evidence.checkpoint.format == "onnx"
@@ -50,7 +51,9 @@ class MissingTensor(Rule):
             for n, a in evidence.checkpoint.arrays.items()
             if a.size == 0 and a.dtype.startswith(("float", "bfloat")) and (not onnx or n in used)
         ]
-        if empty and not any(p.code == self.code and p.tensor in empty for p in evidence.checkpoint.problems):
+        if empty and not any(
+            p.code == self.code and {p.tensor, *p.related}.intersection(empty) for p in evidence.checkpoint.problems
+        ):
             shape = "x".join(map(str, evidence.checkpoint.arrays[empty[0]].shape))
             yield self.finding(
                 f"{names(empty)} {'has' if len(empty) == 1 else 'have'} no elements (shape {shape}): a placeholder was "
