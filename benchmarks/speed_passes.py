@@ -94,7 +94,7 @@ def threads(folder: Path, quick: bool) -> None:
     from initaudit.measure.units import measure_units
 
     path = folder / "threads.safetensors"
-    write(path, (4096, 4096), 8, "BF16")
+    write(path, (4096, 4096), 4 if quick else 8, "BF16")
     arrays = list(load(path).arrays.values())
 
     def passes(jobs: int) -> None:
@@ -140,7 +140,7 @@ def layers(folder: Path, quick: bool) -> None:
     import initaudit
 
     torch.set_num_threads(1)
-    depths = [2, 4, 8] if quick else [2, 6, 12, 24, 48, 96]
+    depths = [1, 2, 4] if quick else [2, 6, 12, 24, 48, 96]
     seconds = []
     for depth in depths:
         layer = torch.nn.TransformerEncoderLayer(32, 4, 128, batch_first=True, norm_first=True)

@@ -13,6 +13,7 @@ from torch import nn
 from initaudit import audit
 from initaudit.expect.recognise import recognise
 from initaudit.expect.schemes import catalogue, site_of
+from initaudit.measure import observation
 from initaudit.measure.observation import observe, orthogonal_gain
 from initaudit.measure.units import measure_units
 
@@ -109,6 +110,16 @@ def test_orthogonal_survives_rounding_and_nothing_else_passes(dtype, shape):
     assert math.isnan(orthogonal_gain(fresh, measure_units(fresh)[1], spacing))
     unit_rows = fresh.astype(np.float64) / np.linalg.norm(fresh.astype(np.float64), axis=1, keepdims=True)
     assert observe(unit_rows.astype(dtype)).structure == ""
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_columns_of_a_tall_matrix_are_compared_band_by_band(noise, monkeypatch):
+    monkeypatch.setattr(observation, "PIECE", 1000)
+    tall = np.linalg.qr(np.random.default_rng(0).normal(size=(700, 30)))[0] * 1.5
+    tall += noise * np.random.default_rng(1).normal(size=tall.shape)
+    gram = observation._gram(tall, np.arange(0, 30, 7), False)
+    np.testing.assert_allclose(gram, tall[:, ::7].T @ tall[:, ::7], atol=1e-12)
+    assert observe(tall.astype(np.float32)).structure == ("" if noise else "orthogonal")
 
 
 def test_a_padding_row_changes_nothing():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from initaudit.measure.blocks import WINDOW, forget
+from initaudit.measure.fused import PIECE
 from initaudit.measure.moments import Moments, measure
 from initaudit.measure.spectrum import NO_SPECTRUM, Spectrum, spectrum
 from initaudit.measure.units import UnitSums, as_matrix, measure_matrix, measure_units
@@ -26,6 +27,7 @@ _NARROW = {
     "float8_e5m2fnuz": (2, -15), "float8_e4m3": (3, -6), "float8_e4m3b11fnuz": (3, -10), "float8_e3m4": (4, -2),
 }  # fmt: skip
 _MANY_COLUMNS, _MOST_COLUMNS = 32, 0.75
+_VECTORS = (4, 32)  # that are compared with one another to tell an orthogonal matrix
 
 
 @dataclass(frozen=True)
@@ -237,12 +239,30 @@ def orthogonal_gain(matrix: np.ndarray[Any, Any], sums: UnitSums, spacing: float
     allowed = 2e-4 + spacing
     if not mean > 0 or float(np.max(np.abs(squares / mean - 1))) > allowed:
         return math.nan
-    picked = np.linspace(0, squares.size - 1, min(32, squares.size)).astype(np.int64)
-    vectors = (matrix[picked] if wide else matrix[:, picked].T).astype(np.float64)
-    gram = vectors @ vectors.T / mean
-    inner = gram[np.triu_indices(len(picked), 1)]
-    # Of independent rows the inner products have a mean square of 1/length.
-    return math.sqrt(mean) if float(np.sqrt(np.mean(inner**2))) < (1e-5 + spacing / math.sqrt(length)) else math.nan
+    # Of independent rows the inner products have a mean square of 1/length. A few tell nearly all draws.
+    limit = 1e-5 + spacing / math.sqrt(length)
+    for many in _VECTORS:
+        picked = np.linspace(0, squares.size - 1, min(many, squares.size)).astype(np.int64)
+        inner = _gram(matrix, picked, wide)[np.triu_indices(len(picked), 1)] / mean
+        if not float(np.sqrt(np.mean(inner**2))) < limit:
+            return math.nan
+    return math.sqrt(mean)
+
+
+def _gram(matrix: np.ndarray[Any, Any], picked: Vector, wide: bool) -> np.ndarray[Any, Any]:
+    """The inner products of the rows `picked`, or of the columns where the matrix is not `wide`."""
+    if wide:
+        rows = matrix[picked].astype(np.float64)
+        return rows @ rows.T
+    gram = np.zeros((picked.size, picked.size))
+    height = max(1, PIECE // matrix.shape[1])
+    for top in range(0, len(matrix), height):
+        band = matrix[top : top + height]
+        columns = band[:, picked].astype(np.float64)
+        gram += columns.T @ columns
+        if matrix.nbytes > WINDOW:
+            forget(band)
+    return gram
 
 
 def _sparsity(matrix: np.ndarray[Any, Any], moments: Moments, zero_rows: int) -> float:

@@ -20,9 +20,9 @@ _SHARE = 0.01  # more than this share at one value is a distribution of its own,
 _POWER = 0.5  # of all other weights together: below, the layer does what its law made it do
 _SAMPLE = 1 << 20
 _NORMAL_MEDIAN = 0.6745  # of |z| for z ~ N(0, 1)
-# A stretch in each of as many places tells the spread to a few per cent; a tensor whose largest value is nearer than this share
+# So many stretches of so many values tell the spread to a few per cent; a tensor whose largest value is nearer than this share
 # of what it takes need not be read again.
-_FEW, _NEARLY = 128, 0.75
+_STRETCHES, _LONG, _NEARLY = 32, 512, 0.75
 
 
 class PinnedOutliers(Rule):
@@ -128,10 +128,11 @@ def _pinned(layer: LayerEvidence, far: float, share: float) -> tuple[float, int,
 def _spread(values: np.ndarray[Any, Any]) -> float:
     """The spread of the bulk as a few values tell, in stretches as long as they are far fewer to fetch from a file."""
     line = flat(values)
-    if line is None or line.size < _FEW**2 * 8:
+    if line is None or line.size < _STRETCHES * _LONG * 8:
         return 0.0
-    starts = np.linspace(0, line.size - _FEW, _FEW).astype(np.int64)
-    picked = np.concatenate([line[start : start + _FEW] for start in starts])
+    starts = np.linspace(0, line.size - _LONG, _STRETCHES).astype(np.int64)
+    picked = np.concatenate([line[start : start + _LONG] for start in starts])
+    forget(line)
     return float(np.median(np.abs(picked.astype(np.float32)))) / _NORMAL_MEDIAN
 
 
