@@ -96,6 +96,8 @@ def reset(model: nn.Module) -> None:
 CASES: dict[str, tuple[str, Spoil, str, str]] = {
     "a matrix of zeros": ("net", zero("into.weight"), "IA501 warning", "IA501 error"),
     "the end of a branch of zeros": ("net", zero("back.weight"), "IA501 warning", "IA501 error"),
+    "half a matrix of zeros": ("net", lambda m: m.into.weight[24:].zero_(), "IA204 warning", "IA204 warning"),
+    "rows pruned here and there": ("net", lambda m: m.into.weight[::4].zero_(), "", ""),
     "a norm's scale of zeros": ("net", zero("again.weight"), "IA504 warning", "IA504 warning"),
     "variances of zero": ("net", lambda m: m.again.running_var.zero_(), "IA508 error", "IA508 error"),
     "variances below zero": ("net", lambda m: m.again.running_var.neg_(), "IA508 error", "IA508 error"),

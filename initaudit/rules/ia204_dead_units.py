@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # One unit of a small layer may be zero by design (a padding class, a null token).
 _LEAST = 2
+# Units picked by their size lie anywhere: the chance that 8 of 128 are neighbours is one in ten billion.
+_RUN = 8
 _OFF_AT_ZERO = ("relu", "relu6", "squared_relu", "square")
 
 
@@ -27,8 +29,9 @@ class DeadUnits(Rule):
 
     What it does: counts rows (all weights into a unit) that are exactly zero in a weight that is not zero as a whole. It is a
     warning where nothing can bring them back: the bias is zero too, and the activation has no slope at zero, as ReLU in every
-    framework, or all weights out of these units are zero as well; or where the network is trained and they are still zero. Else
-    they learn, and it is a remark, as it is for columns (a unit that is read with zeros) and for a padding at the end.
+    framework, or all weights out of these units are zero as well; or where the network is trained and they are still zero, or
+    are zero in a row beside biases that were trained, as after a write that broke off. Else they learn, and it is a remark,
+    as it is for columns (a unit that is read with zeros) and for a padding at the end.
 
     Why it is bad: such a unit says nothing, gets no gradient through a ReLU, and is paid for.
 
@@ -89,6 +92,8 @@ class DeadUnits(Rule):
         if bias is None:
             return ""
         if not initial(evidence):
+            if _wiped(rows, bias) and not to_output(layer):
+                return "they stand side by side and their biases were trained, so the weights were wiped or not loaded"
             padding = bool(rows[np.argmax(rows) :].all())  # up to a multiple of 8 or 64, at the end
             quiet = padding or to_output(layer) or bool(np.any(bias))
             return "" if quiet else "the network is trained, and they still say nothing"
@@ -118,6 +123,13 @@ class DeadUnits(Rule):
             example("every fourth row zero", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].weight[::4].zero_())),
             example("zero in and zero out", lambda: mlp(32, 64, 64, 5, act="GELU", change=_unheard)),
         )
+
+
+def _wiped(rows: np.ndarray[Any, Any], bias: np.ndarray[Any, Any]) -> bool:
+    """Whether units without weights had learnt: their biases differ, none is zero, and no pruning picks so many in a row."""
+    places = np.flatnonzero(rows)
+    in_a_row = len(places) >= _RUN and places[-1] - places[0] + 1 == len(places)
+    return bool(in_a_row and bias.all() and np.ptp(bias) > 0)
 
 
 def _bias(evidence: Evidence, layer: LayerEvidence, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
