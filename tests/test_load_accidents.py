@@ -78,6 +78,12 @@ def test_a_storage_of_another_length_is_looked_into(tmp_path: Path) -> None:
     assert "os.system" in " ".join(problem.message for problem in load(tmp_path / "x.pt").problems)
 
 
+@pytest.mark.parametrize("payload", [b"cmy-module\nrun\n)R", b"\x82\x3f)R"], ids=("a name with a dash", "an extension code"))
+def test_a_hidden_pickle_that_calls_something_odd_is_named(payload: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(archive(NONE, extra={"archive/extra": b"\x80\x02" + payload + b"."}))
+    assert [problem.code for problem in load(tmp_path / "x.pt").problems] == ["IA505"]
+
+
 def test_safetensors_of_every_low_byte_of_its_header_length(tmp_path: Path) -> None:
     weights = np.random.default_rng(0).normal(0, 0.25, (2, 16, 16)).astype(np.float32)
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

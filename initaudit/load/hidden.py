@@ -21,7 +21,7 @@ from initaudit.errors import UnreadableModel
 from initaudit.load.joblib_arrays import INLINE
 from initaudit.load.pickle_globals import KNOWN
 from initaudit.load.pickle_machine import BrokenPickle, Machine
-from initaudit.load.pickle_reader import EXTENSION, OPCODES, read, read_or_remains
+from initaudit.load.pickle_reader import OPCODES, read, read_or_remains
 from initaudit.load.pickle_values import Event, Recorder
 from initaudit.load.spans import Span, reason, show
 from initaudit.load.zip_entries import Entry, is_zip, read_entries
@@ -121,9 +121,13 @@ def _acts(event: Event) -> bool:
 
 
 def _is_program(recorder: Recorder, complete: bool) -> bool:
-    """Whether a stream did something that bytes of numbers do not: it asked for a name, or called an extension and ended."""
-    coded = complete and any(e.verb in ("calls", "builds") and e.label.startswith(EXTENSION) for e in recorder.events.values())
-    return coded or any(_named(event) for event in recorder.events.values())
+    """Whether a stream did what bytes of numbers do not: it asked for a name, or came to its STOP and called something.
+
+    What it called may have any name that a module can be given, or be an extension code; numbers and constants are no function.
+    """
+    events = recorder.events.values()
+    called = (e.label for e in events if complete and e.verb in ("calls", "builds"))
+    return any(map(_named, events)) or any("." in label and label[0] not in "-0123456789" for label in called)
 
 
 def pickles(data: bytes | mmap.mmap, label: str, recorder: Recorder, depth: int = 0, place: int = 0) -> list[Any]:

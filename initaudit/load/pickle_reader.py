@@ -27,7 +27,6 @@ _NAMES = re.compile(
     rb"|\x8c.([A-Za-z_][\w.]{1,80})(?:\x94|[qr].{1,4}?)?\x8c.([A-Za-z_][\w.]{1,80})(?:\x94|[qr].{1,4}?)?\x93",
     re.DOTALL,
 )
-EXTENSION = "copyreg extension"  # the module of a name that is only a number in copyreg's table
 _SCANNED = 64 << 20  # bytes behind the place where a stream broke off
 
 
@@ -227,7 +226,7 @@ def _stack_global(machine: Machine) -> None:
 
 def _extension(width: int) -> Step:
     # A real unpickler looks the code up in copyreg's table, which any imported module may have filled
-    return _pushing(lambda machine: machine.find(EXTENSION, str(_number(machine, width))))
+    return _pushing(lambda machine: machine.find("copyreg extension", str(_number(machine, width))))
 
 
 def _reduce(machine: Machine) -> None:
