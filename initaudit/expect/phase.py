@@ -91,12 +91,17 @@ def _surroundings(untouched: int, moved: int, fresh: int, trained: int) -> Tenso
     if untouched + moved >= 2:
         if moved == 0:
             return "init" if fresh or not trained else "unknown"
+        if trained == 0 and moved <= fresh:
+            return "unknown"  # biases that a law of somebody's own drew look as moved ones do
         if moved >= untouched or trained > fresh:
             return "trained"
         return "init" if trained <= TABLES * (fresh + trained) else "trained"
     if fresh + trained == 0:
         return "unknown" if untouched == moved else "init" if untouched > moved else "trained"
-    return "init" if trained <= TABLES * (fresh + trained) else "trained"
+    if trained <= TABLES * (fresh + trained):
+        return "init"
+    # Without vectors a law that nobody knows (splines fitted to noise) is all that speaks for training: it takes the most.
+    return "trained" if trained > fresh or moved > untouched else "unknown"
 
 
 def _vector_phase(record: TensorRecord) -> TensorPhase:

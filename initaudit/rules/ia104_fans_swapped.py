@@ -83,8 +83,11 @@ class FansSwapped(Rule):
 
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
-        """The same weights, initialised through their transpose."""
-        return (example("x @ W, initialised through W.T", lambda: _products(transposed=True)),)
+        """The same weights, initialised through their transpose or by a scheme that counts both fans alike."""
+        return (
+            example("x @ W, initialised through W.T", lambda: _products(transposed=True)),
+            example("Xavier with ReLU's gain, as stored", lambda: _products(transposed=False, gain=math.sqrt(2))),
+        )
 
     @classmethod
     def invalid(cls) -> tuple[Example, ...]:
@@ -99,7 +102,8 @@ def _swapped(evidence: Evidence, layer: LayerEvidence, apart: float) -> str:
         return ""
     if abs(math.log(pair.fan_in / pair.fan_out)) < math.log(apart):
         return ""
-    known = [c / pair.fan_in for c in _LAWS.values()] + [2 / (pair.fan_in + pair.fan_out)]
+    # Xavier, also with the gain of ReLU or tanh, counts both fans alike: what it fits needs no other explanation.
+    known = [c / pair.fan_in for c in _LAWS.values()] + [2 * g / (pair.fan_in + pair.fan_out) for g in (1, 2, 25 / 9)]
     # A part of a packed matrix was drawn with the fans of the whole: Xavier over (d, 3d) is LeCun over 2d, keys and values.
     array = evidence.checkpoint.arrays.get(layer.tensor)
     if array is not None and not pair.stored and len(array.shape) == 2:
@@ -109,7 +113,7 @@ def _swapped(evidence: Evidence, layer: LayerEvidence, apart: float) -> str:
     return next((name for name, c in _LAWS.items() if abs(variance * pair.fan_out / c - 1) < SIGMAS * error), "")
 
 
-def _products(*, transposed: bool) -> Any:
+def _products(*, transposed: bool, gain: float = 0.0) -> Any:
     import torch
     from torch import nn
 
@@ -117,7 +121,10 @@ def _products(*, transposed: bool) -> Any:
         def __init__(self, fan_in: int, fan_out: int) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.empty(fan_in, fan_out))
-            nn.init.kaiming_normal_(self.weight.T if transposed else self.weight)
+            if gain:
+                nn.init.xavier_uniform_(self.weight, gain)
+            else:
+                nn.init.kaiming_normal_(self.weight.T if transposed else self.weight)
 
         def forward(self, x: torch.Tensor) -> Any:
             return x @ self.weight
