@@ -118,8 +118,8 @@ def _vector_phase(record: TensorRecord) -> TensorPhase:
     if record.kind == "bias" and record.recognition is not None:
         names = {fit.name for fit in record.recognition.schemes}
         if names.intersection(BIAS_LAWS):
-            # A few small values stay inside the bound whatever happens to them.
-            return "init" if m.count >= 256 else "unknown"
+            # A few small values stay inside the bound whatever happens to them, if not on the grid of their generator.
+            return "init" if m.count >= 256 or record.recognition.decisive else "unknown"
     return "trained"
 
 

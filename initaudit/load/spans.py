@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,18 @@ from initaudit.load.checkpoint import numpy_dtype
 
 MAX_ELEMENTS = 1 << 48  # beyond every machine; keeps a product of hostile sizes away from numpy's own overflow
 _SMALL = 1 << 16  # bytes: as many are read in a quarter of the time in which they are mapped
+_MAPPED: ContextVar[bool] = ContextVar("mapped", default=False)
 PACKED_BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}  # several elements a byte, the first lowest
+
+
+@contextmanager
+def mapped() -> Iterator[None]:
+    """Inside, arrays of any size are maps of their file, so that where they stand in it can be told."""
+    before = _MAPPED.set(True)
+    try:
+        yield
+    finally:
+        _MAPPED.reset(before)
 
 
 def show(value: object, limit: int = 80) -> str:
@@ -131,7 +143,7 @@ class Span:
             # A page behind the end of a file that shrank would end the process with SIGBUS
             if os.stat(self.path).st_size < self.offset + self.length:
                 raise UnreadableModel(show(self.path), "the file has become shorter since it was opened")
-            if self.length <= _SMALL:
+            if self.length <= _SMALL and not _MAPPED.get():
                 return np.frombuffer(self.read(), dtype).reshape(shape)
             return np.memmap(self.path, dtype=dtype, mode="r", offset=self.offset, shape=shape)
         except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ import torch
 from initaudit.errors import InitauditError, UsageError
 from initaudit.load import from_module, load
 from initaudit.load.checkpoint import Array, Checkpoint
-from initaudit.load.spans import Span
+from initaudit.load.spans import Span, mapped
 from initaudit.load.zip_entries import STORED, is_zip, read_entries
 
 Values = np.ndarray[Any, Any]
@@ -61,14 +61,16 @@ class CopiedFile:
         if array.quantized or "float" not in array.dtype:
             return False
         try:
-            return self._place(array.read()) is not None
+            with mapped():
+                return self._place(array.read()) is not None
         except InitauditError:
             return False
 
     def put(self, checkpoint: Checkpoint, values: Mapping[str, Values]) -> None:
         """Writes the numbers over those that the file has, in its dtype and layout."""
         for name, new in values.items():
-            old = checkpoint.arrays[name].read()
+            with mapped():
+                old = checkpoint.arrays[name].read()
             place = self._place(old)
             if place is None:
                 raise UsageError(name, "does not stand in the file as it is", "a tensor that can be replaced")
