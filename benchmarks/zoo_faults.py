@@ -63,16 +63,18 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 def behaviour(module: nn.Module, inputs: Inputs) -> Behaviour:
     """One forward and one backward pass in evaluation mode with norms over the batch."""
+    buffers = [(b, b.clone()) for b in module.buffers()]
     for m in module.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.train()
-            m.momentum = 0.0  # its running statistics stay as they are
     module.zero_grad()
     first = next(tensors_of(run(module, inputs)))
     generator = torch.Generator().manual_seed(0)
     (first * torch.randn(first.shape, generator=generator)).sum().backward()
     gradients = {n: float(p.grad.norm()) for n, p in module.named_parameters() if p.grad is not None}
     module.eval()
+    for b, value in buffers:
+        b.copy_(value)
     return Behaviour(float((first - first.mean(0)).detach().std()), gradients)
 
 

@@ -60,10 +60,23 @@ class Draws:
         return self.variance + self.mean**2
 
 
+# Elements that are copied to float64 at a time: a weight may have gigabytes.
+_PIECE = 1 << 20
+
+
 def draws(value: Tensor) -> Draws:
-    """The moments of a tensor, in float64."""
-    x = value.detach().double()
-    return Draws(float(x.mean()), float(x.var(correction=0)), x.numel())
+    """The moments of a tensor, in float64; those of its pieces are merged (Chan et al. 1979, eq. 2.1)."""
+    count, mean, squares = 0, 0.0, 0.0
+    if not value.numel():
+        return Draws(math.nan, math.nan, 0)
+    rows = value.detach().reshape(1) if value.dim() == 0 else value.detach()
+    for part in torch.split(rows, max(1, _PIECE * len(rows) // rows.numel())):
+        x = part.double()
+        n, own = x.numel(), float(x.mean())
+        squares += float(x.var(correction=0)) * n + (own - mean) ** 2 * count * n / (count + n)
+        mean += (own - mean) * n / (count + n)
+        count += n
+    return Draws(mean, squares / count, count)
 
 
 NONE = Draws(0.0, 0.0, 0)

@@ -38,7 +38,7 @@ class ProbeSkipped(Rule):
                 "signal and gradient are not judged",
                 "give the module or an ONNX file, and inputs with --input NAME=2x3x224x224:float32 or --data batch.npz",
             )
-        elif evidence.no_probe:
+        elif evidence.no_probe and not evidence.trace.unknown:  # where it could not be run, IA002 says so
             yield self.finding(
                 f"the probe went forward only: {evidence.no_probe}; the gradient is not judged",
                 "read the findings about weights and signals, and watch the gradient in the first steps of training",

@@ -100,17 +100,19 @@ class DuplicateUnits(Rule):
         for layer in evidence.layers:
             if layer.pair.role != "contraction" or not layer.moments.m2 > 0 or not layer.pair.trainable:
                 continue
-            behind = readers(evidence, layer)
+            behind = readers(evidence, layer) if initial(evidence) else ()
             rows = _rows_of(layer)
-            if not behind or len(rows) < 2 or rows.shape[1] < self.limit(evidence, "weights") or not initial(evidence):
+            if not behind or len(rows) < 2 or rows.shape[1] < self.limit(evidence, "weights"):
                 continue
-            blocks = [rows, *_bias_of(evidence, layer, len(rows)), *(_columns_of(x) for x in behind)]
-            if any(len(b) != len(rows) for b in blocks):
-                continue
-            scaled = np.concatenate([b.astype(np.float64) / max(float(np.abs(b).max()), 1e-300) for b in blocks], axis=1)
             odd = all(_is_odd(f) for f in layer.feeds)
-            alive = rows.astype(bool).any(axis=1)
-            copies = sum(len(g) - 1 for g in duplicate_rows(scaled[alive], sign=odd, tolerance=_NEAR))
+            # What else belongs to a unit is compared for those alone that are equal here: a copy of all would take gigabytes.
+            alike = [g for g in duplicate_rows(rows, sign=odd, tolerance=_NEAR) if rows[g[0]].any()]
+            blocks = [rows, *_bias_of(evidence, layer, len(rows)), *(_columns_of(x) for x in behind)] if alike else []
+            if not alike or any(len(b) != len(rows) for b in blocks):
+                continue
+            kept = [b[sorted(i for g in alike for i in g)].astype(np.float64) for b in blocks]
+            scaled = np.concatenate([b / max(float(np.abs(b).max()), 1e-300) for b in kept], axis=1)
+            copies = sum(len(g) - 1 for g in duplicate_rows(scaled, sign=odd, tolerance=_NEAR))
             if copies >= max(1.0, self.limit(evidence, "share") * len(rows)):
                 yield self._copies(evidence, layer, copies, len(rows), "equal weights in, equal biases and equal weights out")
 

@@ -113,7 +113,8 @@ def _moved(evidence: Evidence, norm: Norm) -> bool:
     """Whether a step of training reached the norm's own scale or shift, in a network that is trained."""
     scale, shift = evidence.tensors.get(norm.scale), evidence.tensors.get(norm.shift)
     changed = (scale is not None and scale.m2 > 0) or (shift is not None and shift.m2 > 0)
-    return changed and evidence.phase in ("trained", "mixed")
+    # In a fresh network scales may be drawn too; folded into their layers, they make it look half trained.
+    return changed and evidence.phase == "trained"
 
 
 def _trained(change: Callable[[Any], Any], steps: int = 80) -> Any:
