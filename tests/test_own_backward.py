@@ -6,6 +6,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import initaudit
+from initaudit.auditing import program
+from initaudit.config import Config
 from initaudit.graph.own_backward import own_backward
 
 
@@ -178,3 +180,22 @@ def test_outputs_may_be_distributions():
     found = initaudit.audit(Actor(), inputs())
     assert alarms(found) == []
     assert {layer.tensor for layer in found.layers} == {"body.weight", "mean.weight"}
+
+
+@pytest.mark.parametrize("config", [Config(probe=False), Config()])
+def test_what_is_too_large_or_not_to_be_probed_is_not_run(config, monkeypatch):
+    monkeypatch.setattr(program, "PROBED", 10)
+    seen = []
+
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 4)
+
+        def forward(self, x):
+            seen.append(type(x))
+            return self.layer(x)
+
+    initaudit.audit(Large(), inputs(), config=config)
+    assert seen
+    assert torch.Tensor not in seen

@@ -90,9 +90,7 @@ class Program:
             return Probed(no_probe="--no-probe was given")
         if self.inputs is None or self.no_probe:
             return skipped(self.graph, self.no_probe, self.budget)
-        values = sum(a.size for a in {a.storage or a.name: a for a in self.checkpoint.arrays.values()}.values())
-        if values > PROBED and "probe" not in self.config.origin:
-            why = f"{values:,} values would take minutes to probe (ask for it with --probe)"
+        if why := _too_large(self.checkpoint, self.config):
             return skipped(self.graph, why, self.budget)
         self.progress("probing")
         device = _device(self.config.device, self.checkpoint)
@@ -100,6 +98,13 @@ class Program:
             self.graph, self.inputs, self.config, self.budget, device=device, synthetic=self.synthetic, say=self.progress
         )
         return believed(seen, self.graph.own)
+
+
+def _too_large(checkpoint: Checkpoint, config: Config) -> str:
+    """Why a model is not run unasked; "" where it is."""
+    values = sum(a.size for a in {a.storage or a.name: a for a in checkpoint.arrays.values()}.values())
+    asked = "probe" in config.origin
+    return f"{values:,} values would take minutes to probe (ask for it with --probe)" if values > PROBED and not asked else ""
 
 
 def budget_of(checkpoint: Checkpoint) -> Budget:
@@ -156,7 +161,8 @@ def _module(checkpoint: Checkpoint, module: nn.Module, config: Config, inputs: A
     home = device_of(module) or "cpu"
     inputs, keywords = pytree.tree_map_only(torch.Tensor, lambda t: t.to(home), (tuple(inputs), dict(keywords)))
     graph = from_module(module, inputs, keywords, say=progress)
-    if not isinstance(module, ReadProgram):  # whose operators are all there is
+    runs = config.probe and not _too_large(checkpoint, config)
+    if runs and not isinstance(module, ReadProgram):  # whose operators are all there is
         graph = replace(graph, own=own_backward(module, inputs, keywords))
     budget = budget_of(checkpoint)
     reason = _swells(graph, budget.elements, ALL_OUTPUTS) if isinstance(module, ReadProgram) else ""
