@@ -6,7 +6,8 @@ estimator, a surrogate gradient, a reversed one) is traced as what its forward d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,9 +40,9 @@ def own_backward(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str
 def _reached(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> OwnBackward:
     names = {p: n for n, p in module.named_parameters() if p.requires_grad}
     called = set[nn.Module]()
-    # What the operators save is dropped: no backward pass follows, and a plain one would hold all activations.
     hook = nn.modules.module.register_module_forward_pre_hook(lambda part, _: called.add(part))
     try:
+        # What the operators save is dropped: no backward pass follows, and a plain one would hold all activations.
         with torch.autograd.graph.saved_tensors_hooks(_forget, _never):
             ends = [x for x in float_tensors(module(*inputs, **keywords)) if x.requires_grad]
     finally:
@@ -56,7 +57,7 @@ def _reached(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, An
     if not custom:
         return OwnBackward(frozenset(n for p, n in names.items() if p not in leaves), used)
     # What lies inside such a function (a block that is computed again, say) shows in a real backward pass only.
-    with _own_gradients(names):
+    with _own_gradients(names.keys()):
         ends = [x for x in float_tensors(module(*inputs, **keywords)) if x.requires_grad]
         torch.autograd.backward(ends, [torch.randn_like(x) for x in ends])
         missed = frozenset(n for p, n in names.items() if p.grad is None)
@@ -64,18 +65,16 @@ def _reached(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, An
     return OwnBackward(missed, used, fed)
 
 
-class _own_gradients:
+@contextlib.contextmanager
+def _own_gradients(parameters: Collection[nn.Parameter]) -> Iterator[None]:
     """Inside, the parameters have no gradient; afterwards those that they had."""
-
-    def __init__(self, parameters: Mapping[nn.Parameter, str]) -> None:
-        self.held = [(p, p.grad) for p in parameters]
-
-    def __enter__(self) -> None:
-        for p, _ in self.held:
-            p.grad = None
-
-    def __exit__(self, *_: object) -> None:
-        for p, grad in self.held:
+    held = [(p, p.grad) for p in parameters]
+    for p, _ in held:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in held:
             p.grad = grad
 
 
