@@ -73,7 +73,8 @@ def phase_of(records: Sequence[TensorRecord]) -> PhaseEvidence:
     untouched = sum(v == "init" for v in vectors.values())
     moved = sum(v == "trained" for v in vectors.values())
     fresh, trained = sum(w == "init" for w in weights.values()), sum(w == "trained" for w in weights.values())
-    surroundings = _surroundings(untouched, moved, fresh, trained)
+    sure = sum(weights.get(r.name) == "init" and r.recognition is not None and r.recognition.decisive for r in records)
+    surroundings = _surroundings(untouched, moved, fresh, trained, sure)
     tensors: dict[str, TensorPhase] = {**vectors, **weights}
     biases = {r.bias_of: vectors[r.name] for r in records if r.kind == "bias" and r.bias_of is not None}
     for r in records:
@@ -86,12 +87,12 @@ def phase_of(records: Sequence[TensorRecord]) -> PhaseEvidence:
     return PhaseEvidence(phase, tensors, untouched, moved, fresh, trained)
 
 
-def _surroundings(untouched: int, moved: int, fresh: int, trained: int) -> TensorPhase:
-    """What most of the model says: "init", "trained" or "unknown"."""
+def _surroundings(untouched: int, moved: int, fresh: int, trained: int, sure: int) -> TensorPhase:
+    """What most of the model says: "init", "trained" or "unknown". `sure` fresh weights would show any step of training."""
     if untouched + moved >= 2:
         if moved == 0:
             return "init" if fresh or not trained else "unknown"
-        if trained == 0 and moved <= fresh:
+        if trained == 0 and moved <= sure:
             return "unknown"  # biases that a law of somebody's own drew look as moved ones do
         if moved >= untouched or trained > fresh:
             return "trained"
@@ -101,7 +102,7 @@ def _surroundings(untouched: int, moved: int, fresh: int, trained: int) -> Tenso
     if trained <= TABLES * (fresh + trained):
         return "init"
     # Without vectors a law that nobody knows (splines fitted to noise) is all that speaks for training: it takes the most.
-    return "trained" if trained > fresh or moved > untouched else "unknown"
+    return "trained" if trained > sure or moved > untouched else "unknown"
 
 
 def _vector_phase(record: TensorRecord) -> TensorPhase:
