@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The graph in which both doors end, module and ONNX."""

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from initaudit.graph.calls import Use, arguments, role_of
 from initaudit.graph.constness import completed, constant_nodes
 from initaudit.graph.graph import Graph, location_of
+from initaudit.graph.reach import upstream
 from initaudit.meter import Meter, Say, silent
 from initaudit.probe.gradients import GradientSketch
 from initaudit.probe.measures import measures
@@ -181,13 +182,7 @@ def _parameters(graph: Graph, run: Pass, gradients: Mapping[str, Tensor], norm_o
 
 def _hidden(run: Pass) -> frozenset[str]:
     """The keys of the constants that lead to a node that could not be run."""
-    seen, stack = set(run.missing), list(run.missing)
-    while stack:
-        for a in stack.pop().all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                stack.append(a)
-    return frozenset(str(n.target) for n in seen if n.op == "get_attr")
+    return frozenset(str(n.target) for n in upstream(run.missing) if n.op == "get_attr")
 
 
 def _with_revival(record: ParameterRecord, key: str, after: Mapping[str, int | None]) -> ParameterRecord:

@@ -101,10 +101,15 @@ def residual(depth: int, width: int = 48, *, gate: float | None = None, change: 
 
 def trained(change: Change | None = None, steps: int = 150) -> Any:
     """An MLP that has learnt to tell which of its first five inputs is the largest; Adam, a second on one core."""
+    model, inputs = mlp(24, 64, 64, 64, 64, 5)
+    return learnt(model, steps, change), inputs
+
+
+def learnt(model: Any, steps: int, change: Change | None = None) -> Any:
+    """A network of 24 inputs and 5 outputs, trained to tell which of the first five inputs is the largest, then changed."""
     import torch
     from torch import nn
 
-    model, inputs = mlp(24, 64, 64, 64, 64, 5)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     with torch.enable_grad():
         for _ in range(steps):
@@ -115,4 +120,4 @@ def trained(change: Change | None = None, steps: int = 150) -> Any:
     if change is not None:
         with torch.no_grad():
             change(model)
-    return model.eval(), inputs
+    return model.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
+from initaudit.graph.reach import downstream
 from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp, residual
@@ -143,16 +144,8 @@ def _moves(layer: LayerEvidence) -> bool:
 def _leads(evidence: Evidence, layer: LayerEvidence, ends: Collection[str]) -> bool:
     """Whether a way leads from a layer to one of these nodes."""
     assert evidence.graph is not None
-    stack = [n for n in evidence.graph.fx.nodes if n.name == layer.pair.node]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node.name in ends:
-            return True
-        new = [u for u in node.users if u not in seen]
-        seen.update(new)
-        stack += new
-    return False
+    behind = downstream(n for n in evidence.graph.fx.nodes if n.name == layer.pair.node)
+    return any(n.name in ends for n in behind)
 
 
 def _undone(trace: Trace) -> bool:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
+from initaudit.graph.reach import downstream
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.gates import factors
@@ -188,22 +189,9 @@ def _missed_in_forward(evidence: Evidence) -> frozenset[str]:
     if graph is None or graph.own is None:
         return frozenset()
     told = {p.name for p in evidence.trace.parameters.values() if p.gradient_zero} if evidence.trace is not None else set[str]()
-    lost = set(graph.unused) if _reads_inputs(graph) else set(graph.unused) - graph.own.called
+    reads = any(n.op == "output" for n in downstream(n for n in graph.fx.nodes if n.op == "placeholder"))
+    lost = set(graph.unused) if reads else set(graph.unused) - graph.own.called
     return graph.own.missed - told - lost
-
-
-def _reads_inputs(graph: Graph) -> bool:
-    """Whether a way leads from an input to an output."""
-    stack = [n for n in graph.fx.nodes if n.op == "placeholder"]
-    seen = set(stack)
-    while stack:
-        for user in stack.pop().users:
-            if user.op == "output":
-                return True
-            if user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return False
 
 
 def _values(evidence: Evidence, given: Collection[str]) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from initaudit.load.checkpoint import Checkpoint
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, trained
 from initaudit.rules.remedy import init_line
-from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
+from initaudit.rules.rule import EXACT, Example, Finding, Rule, Severity, Threshold
 from initaudit.rules.support import names, sigmas, to_output
 
 # Trained layers that make a checkpoint a trained one, and the share that may be fresh before the checkpoint is a new model.
@@ -96,19 +96,12 @@ class UntrainedLayer(Rule):
         # A new head of zeros lets the gradient through after its own first step.
         head = all(to_output(x) for x in empty)
         reason = "right for a new head, else it was not loaded" if head else "as of a tensor that was not loaded"
-        yield self.finding(
-            f"all {empty[0].moments.count:,} values of {names(empty)} are zero, and no gradient reaches {names(cut)} any more, "
-            f"which {'was' if len(cut) == 1 else 'were'} trained: the zeros came later, {reason}",
-            _again(*empty),
-            severity="info" if head else "error",
-            measured=0.0,
-            expected=empty[0].expectation.exact or empty[0].expectation.lecun or 1 / max(1, empty[0].pair.fan_in),
-            law=EXACT + "gain²/fan_in is a spread, and zeros have none",
-            tensor=empty[0].tensor,
-            site=empty[0].pair.site,
-            location=empty[0].pair.location,
-            related=(*(x.tensor for x in empty[1:]), *cut),
+        says = (
+            f"and no gradient reaches {names(cut)} any more, which {'was' if len(cut) == 1 else 'were'} trained: the zeros "
+            f"came later, {reason}"
         )
+        law = "gain²/fan_in is a spread, and zeros have none"
+        yield self._of_zeros(empty, says, "info" if head else "error", law, cut)
 
     def _zeros(self, evidence: Evidence, named: set[str]) -> Iterator[Finding]:
         """Matrices of zeros round which the signal finds a way, or of which no graph tells: never trained, or wiped."""
@@ -119,18 +112,25 @@ class UntrainedLayer(Rule):
             return
         found = list(empty.values())
         head = all(_makes_output(evidence, x) for x in found)
-        yield self.finding(
-            f"all {found[0].moments.count:,} values of {names(found)} are zero, while {len(trained)} others are trained: "
-            + ("right for a new head, else it was not loaded" if head else "never trained, or wiped when the file was written"),
-            _again(*found),
-            severity="info" if head else "warning",
+        reason = "right for a new head, else it was not loaded" if head else "never trained, or wiped when the file was written"
+        says = f"while {len(trained)} others are trained: {reason}"
+        yield self._of_zeros(found, says, "info" if head else "warning", "a step moves every value whose gradient is not zero")
+
+    def _of_zeros(
+        self, layers: list[LayerEvidence], says: str, severity: Severity, law: str, further: Sequence[str] = ()
+    ) -> Finding:
+        first = layers[0]
+        return self.finding(
+            f"all {first.moments.count:,} values of {names(layers)} are zero, {says}",
+            _again(*layers),
+            severity=severity,
             measured=0.0,
-            expected=found[0].expectation.exact or found[0].expectation.lecun or 1 / max(1, found[0].pair.fan_in),
-            law=EXACT + "a step moves every value whose gradient is not zero",
-            tensor=found[0].tensor,
-            site=found[0].pair.site,
-            location=found[0].pair.location,
-            related=tuple(x.tensor for x in found[1:]),
+            expected=first.expectation.exact or first.expectation.lecun or 1 / max(1, first.pair.fan_in),
+            law=EXACT + law,
+            tensor=first.tensor,
+            site=first.pair.site,
+            location=first.pair.location,
+            related=(*(x.tensor for x in layers[1:]), *further),
         )
 
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from initaudit.rules.evidence import Evidence
-from initaudit.rules.examples import example
+from initaudit.rules.examples import example, learnt
 from initaudit.rules.norms import Norm, norms
 from initaudit.rules.rule import EXACT, Example, Finding, Rule
 from initaudit.rules.support import names
@@ -125,16 +125,7 @@ def _trained(change: Callable[[Any], Any], steps: int = 80) -> Any:
     model = nn.Sequential(
         nn.Linear(24, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 5)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    with torch.enable_grad():
-        for _ in range(steps):
-            x = torch.randn(64, 24)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), x[:, :5].argmax(1)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    with torch.no_grad():
-        change(model)
-    return model.eval(), (torch.randn(32, 24),)
+    return learnt(model, steps, change), (torch.randn(32, 24),)
 
 
 def _added(model: Any) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
+from initaudit.graph.reach import upstream
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.support import to_output, view
 
@@ -43,14 +44,8 @@ def leads_to_unknown(evidence: Evidence) -> frozenset[str]:
     if evidence.graph is None:
         return frozenset()
     lost = evidence.trace.unknown if evidence.trace is not None else {}
-    stack = [n for n in evidence.graph.fx.nodes if n.meta.get("tainted") or n.name in lost]
-    seen = set(stack)
-    while stack:
-        for given in stack.pop().all_input_nodes:
-            if given not in seen:
-                seen.add(given)
-                stack.append(given)
-    return frozenset(str(n.target) for n in seen if n.op == "get_attr")
+    unseen = [n for n in evidence.graph.fx.nodes if n.meta.get("tainted") or n.name in lost]
+    return frozenset(str(n.target) for n in upstream(unseen) if n.op == "get_attr")
 
 
 def is_tie(layers: Sequence[LayerEvidence]) -> bool:
