@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import ChainMap
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -58,6 +59,7 @@ class Builder:
         self.restored = restored  # values of the main graph behind which a folded batch norm belongs
         self.out = fx.Graph()
         self.constants: dict[str, Constant] = {}
+        self.shared: dict[tuple[str, tuple[int, ...], torch.dtype], str] = {}
         self.notes: list[str] = []
         self.count = 0
         self.fixed: dict[fx.Node, bool] = {}
@@ -86,11 +88,14 @@ class Builder:
             kind = "parameter"  # a factor of zero that nobody folded away is a gate that training opens
         if written:
             self.written.add(array.name)
-        if array.name not in self.constants:
-            self.constants[array.name] = Constant(
-                array.name, kind, array.shape, dtype, lambda: literal(array), trainable=kind == "parameter"
-            )
-        node = self.out.create_node("get_attr", array.name, name=identifier(array.name))
+        # What is stored several times is one weight, under the first of its names.
+        key = self.shared.setdefault((array.storage, array.shape, dtype), array.name) if array.storage else array.name
+        if key not in self.constants:
+            self.constants[key] = Constant(key, kind, array.shape, dtype, lambda: literal(array), trainable=kind == "parameter")
+        elif key != array.name and array.name not in self.constants[key].tied:
+            constant = self.constants[key]
+            self.constants[key] = dataclasses.replace(constant, tied=(*constant.tied, array.name))
+        node = self.out.create_node("get_attr", key, name=identifier(array.name))
         node.meta.update(shape=array.shape, dtype=dtype, location=Location(array.name))
         return node
 

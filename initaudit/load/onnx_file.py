@@ -20,6 +20,7 @@ import numpy as np
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
+from initaudit.load.onnx_copies import one_weight
 from initaudit.load.onnx_fused import is_fused, unfused
 from initaudit.load.onnx_quantized import in_floats, is_quantized
 from initaudit.load.onnx_structure import check_structure, node_label, schema_problems, subgraphs
@@ -119,6 +120,7 @@ def _checkpoint(
                 problems.append(Problem("IA001", key, str(error)))
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UnreadableModel(where, f"not a valid ONNX model ({reason(error)})") from error
+    arrays = one_weight(model, arrays)
     if is_fused(model):
         model = unfused(model)
     if is_quantized(model):

@@ -157,9 +157,13 @@ class OnnxFile:
         return held is not None and not array.quantized and "float" in array.dtype and tuple(held.dims) == array.shape
 
     def put(self, checkpoint: Checkpoint, values: Mapping[str, Values]) -> None:
-        """Replaces them in the model and writes it."""
+        """Replaces them in the model, every copy of what is one weight, and writes it."""
         for name, new in values.items():
-            self._set(self._held(name), new.astype(checkpoint.arrays[name].read().dtype))
+            array = checkpoint.arrays[name]
+            copies = [a.name for a in checkpoint.arrays.values() if array.storage and a.storage == array.storage]
+            for tensor in map(self._held, {name: None, **dict.fromkeys(copies)}):
+                if tensor is not None and tuple(tensor.dims) == array.shape:
+                    self._set(tensor, new.astype(array.read().dtype))
         self._write()
 
     def finish(self) -> None:

@@ -31,7 +31,8 @@ class FansSwapped(Rule):
 
     What it does: `torch.nn.init` takes the second axis of a weight for fan-in. A weight that is stored (in, out), as for
     `x @ W`, is then scaled by the number of its outputs. Reported where the layout is (in, out), the scheme fits the wrong fan
-    and not the right one, and no normalization follows.
+    and not the right one, and no normalization follows. A recurrent cell draws the weights of its input by the width of its
+    state, which is their fan-out: that is no fault.
 
     Why it is bad: a layer from 1024 to 256 gets four times the variance it needs, one from 256 to 1024 a quarter, and the
     factors of several layers multiply.
@@ -108,9 +109,28 @@ def _swapped(evidence: Evidence, layer: LayerEvidence, apart: float) -> str:
     array = evidence.checkpoint.arrays.get(layer.tensor)
     if array is not None and not pair.stored and len(array.shape) == 2:
         known.append(2 / sum(array.shape))
+    known += [1 / 3 / width for width in _recurrent_widths(evidence, layer)]
     if any(abs(variance / v - 1) < SIGMAS * error for v in known):
         return ""
     return next((name for name, c in _LAWS.items() if abs(variance * pair.fan_out / c - 1) < SIGMAS * error), "")
+
+
+def _recurrent_widths(evidence: Evidence, layer: LayerEvidence) -> Iterator[int]:
+    """The widths of states that an activation sums with what `layer` makes of the input.
+
+    Recurrent cells draw all their weights within 1/sqrt(width of the state) (torch.nn.RNN), those of the input too. Such a
+    cell, once its steps are unrolled, is two products in one sum, of which the square one follows that law.
+    """
+    places = _activations(layer)
+    for other in evidence.layers:
+        width = other.pair.fan_in
+        square = other.tensor != layer.tensor and width == other.pair.fan_out == layer.pair.fan_out
+        if square and places & _activations(other) and abs(sigmas(other, 1 / 3 / width)) < SIGMAS:
+            yield width
+
+
+def _activations(layer: LayerEvidence) -> set[str]:
+    return {feed.node for pair in layer.pairs for feed in pair.feeds}
 
 
 def _products(*, transposed: bool, gain: float = 0.0) -> Any:
