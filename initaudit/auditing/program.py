@@ -22,6 +22,7 @@ from initaudit.graph.from_exported import ReadProgram
 from initaudit.graph.from_onnx import from_onnx
 from initaudit.graph.from_torch import from_module
 from initaudit.graph.graph import Graph, location_of, shape_of
+from initaudit.graph.noise import drops_everything
 from initaudit.graph.own_backward import own_backward
 from initaudit.load.checkpoint import Checkpoint
 from initaudit.load.host import device_of
@@ -160,9 +161,10 @@ def _module(checkpoint: Checkpoint, module: nn.Module, config: Config, inputs: A
     progress("tracing")
     home = device_of(module) or "cpu"
     inputs, keywords = pytree.tree_map_only(torch.Tensor, lambda t: t.to(home), (tuple(inputs), dict(keywords)))
-    graph = from_module(module, inputs, keywords, say=progress)
-    runs = config.probe and not _too_large(checkpoint, config)
-    if runs and not isinstance(module, ReadProgram):  # whose operators are all there is
+    runs = config.probe and not _too_large(checkpoint, config) and not isinstance(module, ReadProgram)
+    dropping = runs and drops_everything(module, inputs, keywords)
+    graph = from_module(module, inputs, keywords, say=progress, dropping=dropping)
+    if runs:  # a program that was read has no code but its operators
         graph = replace(graph, own=own_backward(module, inputs, keywords))
     budget = budget_of(checkpoint)
     reason = _swells(graph, budget.elements, ALL_OUTPUTS) if isinstance(module, ReadProgram) else ""

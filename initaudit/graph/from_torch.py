@@ -107,18 +107,29 @@ def _told(module: nn.Module, say: Say) -> Iterator[None]:
 
 
 def from_module(
-    module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any] | None = None, *, say: Say = silent
+    module: nn.Module,
+    inputs: Sequence[Any],
+    keywords: Mapping[str, Any] | None = None,
+    *,
+    say: Say = silent,
+    dropping: bool = False,
 ) -> Graph:
     """The graph of `module` called with `inputs` (nested structures of tensors are flattened to placeholders).
 
     Dropout and other noise are off; norms with running statistics that training will replace by those of the batch use the
     batch's (see `lower`). The module is traced as for evaluation, and as for training where only that reaches all parameters
-    (auxiliary heads). `say` is told where the trace is. Raises UnreadableModel where forward cannot be run on these inputs.
+    (auxiliary heads); as it is held where it is known to be `dropping` with certainty (see `noise`), which only training shows.
+    `say` is told where the trace is. Raises UnreadableModel where forward cannot be run on these inputs.
     """
     keywords = keywords or {}
     flat, _ = pytree.tree_flatten((tuple(inputs), dict(keywords)))
     training = module.training
     with as_found(module), _told(module, say):
+        if dropping:
+            with contextlib.suppress(UnreadableModel):
+                graph = _trace(module, inputs, keywords, flat, training)
+                if not graph.notes:
+                    return graph
         module.eval()
         graph = _trace(module, inputs, keywords, flat, training)
         if graph.unused:

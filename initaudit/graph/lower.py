@@ -14,6 +14,8 @@ from torch import fx, nn
 from initaudit.graph.aten import base_name
 from initaudit.graph.execute import note_shape
 from initaudit.graph.graph import Constant, Graph, Input, location_of
+from initaudit.graph.noise import certain
+from initaudit.graph.steps import dropped
 from initaudit.location import Location
 
 ConstantKind = Literal["parameter", "buffer", "literal"]
@@ -175,18 +177,21 @@ class Lowering:
                 self._of[written] = result
 
     def _settle(self, node: fx.Node) -> None:
-        """Noise off; norms with running statistics as training will see them."""
+        """Noise off, but for what is dropped always; norms with running statistics as training will see them."""
         name = base_name(node.target)  # type: ignore[arg-type]
-        if name in _DROPOUTS:
+        if name in _DROPOUTS and node.args[2] and certain(node.args[1]):
+            node.target, node.args, node.kwargs = dropped, (node.args[0],), {}
+        elif name in _DROPOUTS:
             node.args, node.kwargs = (node.args[0], 0.0, False), {}
         elif name == "scaled_dot_product_attention":
-            node.args = tuple(0.0 if i == 4 else a for i, a in enumerate(node.args))
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dropout_p"}
+            node.args = tuple(0.0 if i == 4 and not certain(a) else a for i, a in enumerate(node.args))
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k != "dropout_p" or certain(v)}
         elif name in _RECURRENT:
-            node.args = tuple(0.0 if isinstance(a, float) else a for a in node.args)
+            node.args = tuple(0.0 if isinstance(a, float) and not certain(a) else a for a in node.args)
         elif name == "bernoulli" and len(node.args) > 1 and isinstance(node.args[1], float):
             # Stochastic depth keeps a branch with probability p and divides by p: its mean keeps the branch as it is.
-            node.target = torch.ops.aten.full_like.default
+            node.target = torch.ops.aten.full_like.default if node.args[1] > 0 else dropped
+            node.args = node.args if node.args[1] > 0 else node.args[:1]
         elif name == "batch_norm":
             self._batch_norm(node)
 

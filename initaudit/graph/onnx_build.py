@@ -17,9 +17,10 @@ from torch import fx
 
 from initaudit.errors import LimitExceeded, UnreadableModel
 from initaudit.graph.graph import Constant
+from initaudit.graph.noise import drops
 from initaudit.graph.onnx_bodies import ControlCall, Hoister, SchemaCall, outer_names, resolved
-from initaudit.graph.onnx_values import literal, torch_dtype
-from initaudit.graph.steps import getitem, restored_norm
+from initaudit.graph.onnx_values import literal, torch_dtype, untrained_norm
+from initaudit.graph.steps import dropped, getitem, restored_norm
 from initaudit.graph.unknown import Unknown
 from initaudit.load.checkpoint import Array
 from initaudit.location import Location
@@ -200,9 +201,12 @@ class Builder:
         if node.op_type == "CastLike" and self._floating_constant(given[0]):
             names.values[node.output[0]] = given[0]  # of another precision at most; what is probed is probed in one
             return
+        if node.op_type == "Dropout" and drops(*map(self.known_value, given[1:])):
+            self.emit(dropped, given[:1], {}, node, names, location)
+            return
         if node.op_type == "Dropout":
             given, attributes = given[:1], {}  # as in evaluation: what is measured is the signal, not the noise
-        if node.op_type == "BatchNormalization" and self._batch_statistics(given, attributes):
+        if node.op_type == "BatchNormalization" and untrained_norm([self.known_value(v) for v in given[1:5]]):
             attributes = {**attributes, "training_mode": 1}
         self.emit(known.function, given, attributes, node, names, location, known)
         if node.output[0] in self.restored and not names.prefix:
@@ -278,14 +282,6 @@ class Builder:
                 return False
             value = value.args[0] if value.args else None
         return isinstance(value, fx.Node) and value.op == "get_attr" and bool(value.meta["dtype"].is_floating_point)
-
-    def _batch_statistics(self, given: list[Any], attributes: Mapping[str, Any]) -> bool:
-        """Statistics at 0 and 1 have seen no data, scales at 1 and shifts at 0 no training: that will use the batch's own."""
-        if attributes.get("training_mode") or len(given) < 5:
-            return False
-        scale, shift, mean, variance = (self.known_value(v) for v in given[1:5])
-        fresh = ((mean, 0), (variance, 1)), ((scale, 1), (shift, 0))
-        return any(all(v is not None and bool((v == n).all()) for v, n in pair) for pair in fresh)
 
     def emit(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -52,3 +53,15 @@ def _shared(held: np.ndarray[Any, Any]) -> torch.Tensor:
         # torch warns that a read-only array must not be written to; nothing here writes to a constant.
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(np.ascontiguousarray(held))
+
+
+def untrained_norm(values: Sequence[torch.Tensor | None]) -> bool:
+    """Whether training will use the statistics of the batch, by a norm's scale, shift, mean and variance, None where unknown.
+
+    Statistics at 0 and 1 have seen no data, scales at 1 and shifts at 0 no training.
+    """
+    if len(values) < 4:
+        return False
+    scale, shift, mean, variance = values
+    fresh = ((mean, 0), (variance, 1)), ((scale, 1), (shift, 0))
+    return any(all(v is not None and bool((v == n).all()) for v, n in pair) for pair in fresh)

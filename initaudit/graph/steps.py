@@ -37,10 +37,16 @@ def restored_norm(x: torch.Tensor) -> torch.Tensor:
     return (x - mean) / torch.sqrt(variance + 1e-5)
 
 
+def dropped(x: torch.Tensor) -> torch.Tensor:
+    """What a dropout of probability 1 hands on in training: zeros, which depend on nothing."""
+    return torch.zeros_like(x)
+
+
 ROLES: Mapping[Callable[..., Any], Role] = {
     getitem: Role("passthrough", "getitem", ("values",)),
     either: Role("merge", ""),
     entry: Role("passthrough", "select", ("value",)),
     stacked: Role("merge", "", ("values",)),
+    dropped: Role("passthrough", "dropped", ("x",)),
     restored_norm: Role("normalization", "batch_norm", ("x",)),
 }

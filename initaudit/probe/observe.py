@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from initaudit.graph.calls import arguments, role_of, signal_inputs
+from initaudit.graph.noise import certain
 from initaudit.probe.activations import Activation, by_exit, find_activations, flat_units, sample
 from initaudit.probe.passes import Observer, Pass, kind_of
 from initaudit.probe.statistics import (
@@ -166,7 +167,8 @@ class _Rows:
 
 
 # Operators that keep all elements but repeat or drop none have as many of them; these change values or pick with repetition.
-_NOT_BIJECTIVE = ("resize", "index", "gather", "take", "tril", "triu", "pad", "grid_sampler", "unfold", "im2col", "col2im")
+_MOVED = ("resize", "index", "gather", "take", "tril", "triu", "pad", "grid_sampler", "unfold", "im2col", "col2im")
+_NOT_BIJECTIVE = (*_MOVED, "dropped")
 
 
 def _bijective(node: fx.Node) -> bool:
@@ -180,6 +182,8 @@ def _entropy(run: Pass, node: fx.Node, value: Tensor) -> float | None:
             return None
         axis = bound.get("dim", bound.get("axis", -1))
         return row_entropy(value, axis if isinstance(axis, int) else -1)
+    if certain(bound.get("dropout_p")):
+        return None  # no row is left of its map
     names = role.data[:3]
     tensors = [run.env.get(bound[name]) if isinstance(bound.get(name), fx.Node) else None for name in names]
     if len(names) < 3 or not all(isinstance(t, Tensor) and t.dim() == 4 for t in tensors):

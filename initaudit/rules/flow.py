@@ -108,7 +108,7 @@ class _Follow:
             return "normalizes"
         if len(sources) != 1:
             return "passes"  # sums keep what any part has, products are gates, attention averages
-        if kind in ("contraction", "recurrent"):
+        if kind in ("contraction", "recurrent") or role_of(node).name == "dropped":
             return "computes"
         if kind == "pointwise" and completed(sources[0], self.constant) is node:
             return "computes"  # the bias of the layer before it
@@ -195,6 +195,8 @@ class _Follow:
         return left
 
     def _along_the_best_way(self) -> dict[str, float]:
+        from initaudit.graph.calls import role_of
+
         left: dict[str, float] = {}
         for node in reversed(self.nodes):
             best = 1.0 if node in self.ends else None
@@ -207,6 +209,8 @@ class _Follow:
                         kept = min(1.0, kept)  # what the other users send back is not this one's doing
                 if len(users) > 1:
                     kept = self._beside_others(node, user, kept)
+                if role_of(user).name == "dropped":
+                    kept = 0.0
                 value = left[user.name] * kept
                 best = value if best is None else max(best, value)
             left[node.name] = 1.0 if best is None else best

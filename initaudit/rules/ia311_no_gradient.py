@@ -13,7 +13,7 @@ from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.gates import factors
 from initaudit.rules.remedy import parameter
 from initaudit.rules.rule import Example, Finding, Rule, Severity, Threshold
-from initaudit.rules.structure import leads_to_unknown
+from initaudit.rules.structure import dropped_at, dropping, leads_to_unknown
 from initaudit.rules.support import initial, names
 
 if TYPE_CHECKING:
@@ -23,20 +23,21 @@ if TYPE_CHECKING:
     from initaudit.probe.trace import ParameterRecord
 
 _CUT = 0.1  # share of the parameters
+_DROPS = "a dropout that keeps nothing in training"
 
 
 class NoGradient(Rule):
     """A trainable parameter receives no gradient at all.
 
-    What it does: names parameters whose gradient is exactly zero in the probe and after two virtual steps of all others, those
-    that forward never reaches, and those that the module's own autograd does not reach. A zero that another zero explains (the
-    branch behind a zero gate) is healthy: it comes alive at the second step. Single tokens and vectors that only training modes
-    use (mask tokens) are left to `info`.
+    What it does: names parameters whose gradient is exactly zero in the probe and after two virtual steps of all others, also
+    because training drops what they make always, those that forward never reaches, and those that the module's own autograd
+    does not reach. A zero that another zero explains (the branch behind a zero gate) is healthy: it comes alive at the second
+    step. Single tokens and vectors that only training modes use (mask tokens) are left to `info`.
 
     Why it is bad: such a parameter keeps its random values, and costs memory and an optimizer state.
 
     Example: a layer that is constructed and then forgotten in forward; a ReLU behind a norm whose scale is zero; an encoder
-    whose codes are chosen by argmax, without a straight-through estimator.
+    whose codes are chosen by argmax, without a straight-through estimator; a dropout of probability 1.
 
     Instead: call the layer, or remove it; initialise what cuts it off.
 
@@ -83,14 +84,18 @@ class NoGradient(Rule):
         others = [p.name for p in silent.values() if p is not first]
         scale = first.norm == 0 and len(first.shape) < 2
         step = "" if first.norm == 0 else _without_gradient(graph, set(stopped))
+        gone = dropping(graph) if first.norm != 0 and (not step or _DROPS in step) else ""
         yield self.finding(
             f"{len(silent)} trainable parameters get a gradient of exactly zero, also after two steps of the others: "
             f"{names([first.name, *others])}"
             + (f"; {first.name} is a factor of zero and cuts the others off" if first.norm == 0 and others else "")
             + (f"; their only way to the output is {step}, which has no gradient" if step else "")
+            + (f"; {_DROPS} ({gone}) stands before them" if gone and not step else "")
             + "; they keep their values for ever",
             f"torch.nn.init.ones_({parameter(evidence, first.name)})"
             if scale
+            else f"drop with a probability below 1 at {gone}: 0.1 is usual"
+            if gone
             else "train them by a loss of their own or a straight-through estimator, or freeze them with requires_grad_(False)"
             if step
             else "initialise what cuts them off, or remove them from the model",
@@ -174,6 +179,7 @@ class NoGradient(Rule):
             example("codes that are chosen by argmax", _chosen),
             example("an encoder under no_grad", _blocked),
             example("all frozen", _frozen),
+            example("a dropout of probability 1", _dropped),
             example(
                 "biases that switch all units off", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].bias.fill_(-99))
             ),
@@ -211,12 +217,15 @@ def _cut(evidence: Evidence, silent: list[ParameterRecord]) -> ParameterRecord:
 
 
 def _stops(node: fx.Node) -> bool:
-    """Whether a node hands no gradient on: whole numbers, a comparison, a size, detach."""
+    """Whether a node hands no gradient on: whole numbers, a comparison, a size, detach, what training drops always."""
     from initaudit.graph.calls import role_of
 
     dtype = node.meta.get("dtype")
     whole = dtype is not None and not dtype.is_floating_point and not dtype.is_complex
-    return whole or (node.op == "call_function" and (role_of(node).kind == "shape" or role_of(node).name == "detach"))
+    if whole or node.op != "call_function":
+        return whole
+    role = role_of(node)
+    return role.kind == "shape" or role.name in ("detach", "dropped") or dropped_at(node) is not None
 
 
 def _without_gradient(graph: Graph, keys: set[str]) -> str:
@@ -241,7 +250,11 @@ def _without_gradient(graph: Graph, keys: set[str]) -> str:
     first = min(ends, key=order.__getitem__, default=None)
     if first is not None and role_of(first).name == "getitem":
         first = first.all_input_nodes[0]  # one of several results: the places that a maximum was found at
-    return "" if first is None else f"{role_of(first).name} ({location_of(first).site or first.name})"
+    if first is None:
+        return ""
+    gone = dropped_at(first)
+    what = _DROPS if gone is not None else role_of(first).name
+    return f"{what} ({location_of(gone or first).site or first.name})"
 
 
 def _reaching(graph: Graph) -> frozenset[str]:
@@ -290,6 +303,13 @@ def _forgotten() -> Any:
 def _frozen() -> Any:
     model, inputs = mlp(16, 32, 4)
     return model.requires_grad_(False), inputs
+
+
+def _dropped() -> Any:
+    import torch
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(1.0), nn.Linear(32, 4)), (torch.randn(8, 16),)
 
 
 def _blocked() -> Any:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
+from initaudit.graph.noise import certain
 from initaudit.graph.reach import upstream
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.support import to_output, view
@@ -13,6 +14,9 @@ from initaudit.rules.support import to_output, view
 if TYPE_CHECKING:
     from torch import fx
 
+    from initaudit.graph.graph import Graph
+
+_PRODUCTS = ("mul", "mul_", "multiply")
 _STEPS = 12  # nodes between a matrix and the sum that it returns to: bias, dropout, layout
 _MOST = 200  # values behind one layer: activation, dropout and layout in primitive operators are a few dozen
 
@@ -196,3 +200,29 @@ def is_mask(evidence: Evidence, name: str) -> bool:
         return False
     values = array.read().ravel()
     return len({float(v) for v in values[:: max(1, values.size // 4096)]}) <= 2
+
+
+def dropping(graph: Graph) -> str:
+    """The first place where training drops everything, also between the layers of one recurrent operator; "" for nowhere."""
+    from initaudit.graph.calls import arguments, role_of
+    from initaudit.graph.graph import location_of
+
+    for node in graph.fx.nodes:
+        between = role_of(node).kind == "recurrent" and arguments(node).get("num_layers", 1) > 1
+        if dropped_at(node) is not None or (between and certain(arguments(node).get("dropout"))):
+            return location_of(dropped_at(node) or node).site or node.name
+    return ""
+
+
+def dropped_at(node: fx.Node) -> fx.Node | None:
+    """Where training drops the whole of what a call takes: the call itself, or the mask of zeros that it multiplies by."""
+    from initaudit.graph.calls import arguments, role_of
+
+    role = role_of(node)
+    if role.name == "dropped":
+        return node
+    if role.kind == "attention":
+        return node if certain(arguments(node).get("dropout_p")) else None
+    name = (role.name or getattr(node.target, "__name__", "")).lower()
+    masks = (a for a in node.all_input_nodes if role_of(a).name == "dropped")
+    return next((m for m in masks if role_of(m.all_input_nodes[0]).kind == "generator"), None) if name in _PRODUCTS else None

@@ -11,6 +11,7 @@ from initaudit.config import Config
 from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.health import Health, Level, below, health
+from initaudit.rules.structure import dropping
 from initaudit.rules.support import (
     SIGMAS,
     activation_of,
@@ -110,6 +111,8 @@ def deviation(evidence: Evidence, side: Side) -> Deviation | None:
     """The layers whose deviation harms, by what the probe saw; None where nothing does."""
     if not initial(evidence):
         return None
+    if evidence.graph is not None and dropping(evidence.graph):
+        return None  # what is dropped always is missing everywhere behind, and its gradient before
     limits = bounds(evidence.config, side)
     off = [x for x in fresh_layers(evidence) if deviates(x, side, limits.ratio) and not is_head(evidence, x)]
     if not off:
