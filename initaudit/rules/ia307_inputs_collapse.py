@@ -10,8 +10,10 @@ from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp, residual
 from initaudit.rules.health import CONTRAST, below, health, is_constant, pair_of
+from initaudit.rules.mixing import collapse
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.structure import makers
 from initaudit.rules.support import fields, initial, names, power, ratio_of, view
 
 if TYPE_CHECKING:
@@ -26,16 +28,19 @@ class InputsCollapse(Rule):
     """Different inputs become the same representation.
 
     What it does: follows the variance between examples as a share of the second moment, from the input to the layer that makes
-    the output, where every step through weights, activations and norms counts and sums keep what any part has.
+    the output, where every step through weights, activations and norms counts and sums keep what any part has. Where every
+    place of an example has an output of its own, it also asks whether attentions in a row have made its tokens equal.
 
     Why it is bad: the network computes a constant. Its gradients agree for all examples, so the first steps fit the average
     answer, and what tells inputs apart has to be found among rounding errors.
 
-    Example: deep stacks with weights too small for their biases, or sigmoids, which add 1/2 to everything.
+    Example: deep stacks with weights too small for their biases, or sigmoids, which add 1/2 to everything; attentions in a row
+    without skip connections.
 
     Instead: the variance that the activation needs, zero biases, and a normalization or residual connections in deep stacks.
 
-    Source: Poole et al. 2016, eq. 5; Schoenholz et al. 2017: a network trains up to about 6 correlation depths.
+    Source: Poole et al. 2016, eq. 5; Schoenholz et al. 2017: a network trains up to about 6 correlation depths. Dong et al.
+    2021, "Attention is not all you need": without skips tokens become one, doubly exponentially with depth.
     """
 
     code = "IA307"
@@ -61,6 +66,8 @@ class InputsCollapse(Rule):
         others = [n for n in last if n not in same]
         meant = bool(others) and (alone is None or (_moves(alone) and _leads(evidence, alone, others)))
         constant = bool(same) and not meant
+        if not constant:
+            yield from self._merged(evidence, least=2 if level else 1)
         if not level and not constant:
             yield from self._mixed(evidence)
             return
@@ -101,12 +108,41 @@ class InputsCollapse(Rule):
             **fields(last),
         )
 
+    def _merged(self, evidence: Evidence, least: int) -> Iterator[Finding]:
+        """Tokens that attentions have made one: what differs between inputs is kept, what differs between places is lost.
+
+        `least` is how many attentions have to read nothing but equal tokens.
+        """
+        found = collapse(evidence)
+        if found is None or len(found.blind) < least:
+            return
+        makes = makers(evidence, found.merging) or [x for x in evidence.layers if x.pair.role == "contraction"]
+        several = len(found.blind) > 1
+        further = (
+            f"{len(found.blind)} more attentions read equal tokens, have nothing to choose from and no gradient to learn it by"
+            if several
+            else "one more attention reads equal tokens, has nothing to choose from and no gradient to learn it by"
+        )
+        yield self.finding(
+            f"all tokens of an input become the same: they differ in {power(found.spread)} of the second moment before the "
+            f"attentions, and in nothing but rounding behind that of {makes[0].tensor}, as no skip connection leads past them; "
+            f"{further}, and every place gets the same output",
+            "add what an attention reads to what it makes: x = x + attention(norm(x))",
+            # Behind one more attention networks still learned within some hundred steps, behind two and more none did.
+            severity="error" if several else "warning",
+            measured=0.0,
+            expected=found.spread,
+            apart=True,
+            **fields(makes[0]),
+        )
+
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
         """A deep stack under He, and LayerScale."""
         return (
             example("He before 20 ReLU layers", lambda: mlp(64, *[128] * 20, 5)),
             example("LayerScale 1e-6", lambda: residual(6, gate=1e-6)),
+            example("attentions with skips", lambda: _attentions(skips=True)),
         )
 
     @classmethod
@@ -115,8 +151,29 @@ class InputsCollapse(Rule):
         return (
             example("ten sigmoid layers", lambda: mlp(32, *[64] * 10, 5, act="Sigmoid", gain=1.0)),
             example("a mean over the batch", _averaged),
+            example("six attentions without skips", lambda: _attentions(skips=False)),
             example("a zero layer", lambda: mlp(32, 64, 64, 64, 5, change=lambda m: linear(m)[1].weight.zero_())),
         )
+
+
+def _attentions(*, skips: bool) -> Any:
+    import torch
+    from torch import nn
+
+    class Attentions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.MultiheadAttention(32, 4, batch_first=True) for _ in range(6))
+            self.norms, self.head = nn.ModuleList(nn.LayerNorm(32) for _ in range(6)), nn.Linear(32, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer, norm in zip(self.layers, self.norms, strict=True):
+                y = layer(x, x, x, need_weights=False)[0]
+                x = norm(x + y if skips else y)
+            z: torch.Tensor = self.head(x)
+            return z
+
+    return Attentions(), (torch.randn(16, 8, 32),)
 
 
 def _averaged() -> Any:

@@ -100,7 +100,8 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
         for place in roots:
             for tensor in _tensors(left[place]):
                 about.setdefault(tensor, place)
-        explained = [(place, f) for place, f in left.items() if f.code != cause and f.code in (*anywhere, *same)]
+        follows = {*anywhere, *same}
+        explained = [(place, f) for place, f in left.items() if f.code != cause and f.code in follows and not f.apart]
         for place, finding in explained:
             shared = (about[tensor] for tensor in _tensors(finding) if tensor in about)
             far = roots[0] if finding.code in anywhere and not _alone(finding) else None

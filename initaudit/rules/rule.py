@@ -49,7 +49,8 @@ class Finding:
     exact, which `law` then says, or where there is no law.
     `tensor` is the weight, `site` the operator that uses it. `message` says what was found and what it will do to training,
     `help` what to type. `related` names the other tensors that the same cause touches. `profile` is the signal and the gradient
-    by depth, where the finding is about them.
+    by depth, where the finding is about them. `apart` says that it follows from no other finding: what the graph computes
+    is at fault, whatever the weights hold.
     """
 
     code: str
@@ -66,6 +67,7 @@ class Finding:
     standard_errors: float | None = None
     related: tuple[str, ...] = ()
     profile: tuple[Block, ...] = ()
+    apart: bool = False
 
 
 @dataclass(frozen=True)

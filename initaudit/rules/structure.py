@@ -149,6 +149,11 @@ def _source(node: fx.Node) -> fx.Node:
 
 def weighs_values(softmax: fx.Node, constant: Set[fx.Node]) -> bool:
     """Whether a softmax is an attention's: what it makes goes, unit by unit at most, into a product with another signal."""
+    return weighed(softmax, constant) is not None
+
+
+def weighed(softmax: fx.Node, constant: Set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """The product in which an attention's softmax weighs values, and the values; None where it is no attention's."""
     from initaudit.graph.calls import role_of, signal_inputs
     from initaudit.graph.graph import shape_of
 
@@ -161,12 +166,13 @@ def weighs_values(softmax: fx.Node, constant: Set[fx.Node]) -> bool:
                 continue
             seen.add(user)
             kind = role_of(user).kind
-            if kind == "contraction" and any(a not in seen and a not in constant for a in signal_inputs(user)):
-                return True
+            others = [a for a in signal_inputs(user) if a not in seen and a not in constant]
+            if kind == "contraction" and others:
+                return user, others[0]
             # A gate that is spread over the units of what it weighs, and a choice among places, have other sizes.
             if kind in ("pointwise", "passthrough") and math.prod(shape_of(user) or ()) == size:
                 stack.append(user)
-    return False
+    return None
 
 
 def makers(evidence: Evidence, node: fx.Node) -> list[LayerEvidence]:
