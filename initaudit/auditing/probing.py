@@ -13,13 +13,13 @@ from initaudit.errors import InitauditError
 from initaudit.graph.graph import Graph, OwnBackward
 from initaudit.meter import Say, silent
 from initaudit.onnx_ops.budget import Budget, metered
-from initaudit.probe.features import rehearsal_decides
+from initaudit.probe.features import learnt_later, rehearsal_decides
 from initaudit.probe.propagation import Prediction, propagate
 from initaudit.probe.rehearse import rehearse
-from initaudit.probe.run import probe
+from initaudit.probe.run import persisted, probe
 from initaudit.probe.tangents import forward_gains
 from initaudit.probe.trace import Trace
-from initaudit.probe.verdict import Risk, judge
+from initaudit.probe.verdict import Risk, judge, seems_untrainable
 
 # What a graph does with inputs that nobody promised to fit is the graph's matter: said, not raised.
 _FAILURES = (InitauditError, RuntimeError, ValueError, TypeError, IndexError, MemoryError)
@@ -66,6 +66,8 @@ def probed(
                 say("probing: tangents forward")
                 trace = replace(trace, forward=forward_gains(graph, inputs, trace, seed=config.seed, device=device))
             risks = [judge(graph, trace)]
+            if seems_untrainable(trace, risks[0]):
+                trace = replace(trace, persisted=persisted(graph, inputs, seed=config.seed, device=device, say=say))
             for seed in range(config.seed + 1, config.seed + config.probe_seeds):
                 batch = _redrawn(inputs, seed) if synthetic else inputs
                 risks.append(judge(graph, probe(graph, batch, seed=seed, device=device, say=say)))
@@ -94,6 +96,7 @@ def believed(seen: Probed, own: OwnBackward | None) -> Probed:
         rehearsal=None,
         forward=None,
         response=(),
+        persisted=None,
     )
     why = "it brings a backward pass of its own (torch.autograd.Function), which the graph of its operators does not show"
     return Probed(forward, None, why)
@@ -115,7 +118,12 @@ def predicted(graph: Graph, budget: Budget) -> Prediction | None:
 
 
 def summary(trace: Trace) -> Iterator[str]:
-    """What a rehearsal came to, a line an optimizer."""
+    """What a rehearsal came to, a line an optimizer; and what further virtual steps did."""
+    if (later := learnt_later(trace)) is not None:
+        yield (
+            "the risk of not learning is what the first virtual steps say; "
+            f"{len(later.losses) - 1} steps of {later.optimizer} at {later.rate:g} learnt their task"
+        )
     rehearsal = trace.rehearsal
     if rehearsal is None:
         return

@@ -67,7 +67,7 @@ def _against(evidence: Evidence) -> tuple[str, ...]:
 
 def _probe_notes(evidence: Evidence) -> Iterator[str]:
     """What was asked of the probe beyond one run, in words."""
-    if evidence.trace is not None and evidence.trace.rehearsal is not None:
+    if evidence.trace is not None and (evidence.trace.rehearsal is not None or evidence.trace.persisted is not None):
         from initaudit.auditing.probing import summary  # it imports torch, which audits of weights alone do without
 
         yield from summary(evidence.trace)

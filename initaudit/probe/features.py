@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 
 from initaudit.probe.response import LEARNT
-from initaudit.probe.trace import Kernel, Trace
+from initaudit.probe.trace import Kernel, Response, Trace
 
 OPTIMIZERS = ("sgd", "adam")
 # Steps over which a direction is to be learned.
@@ -70,6 +70,12 @@ def rehearsal_decides(trace: Trace, optimizer: str) -> bool:
     """Whether the risk relies on the rehearsal: no virtual steps were taken, or they learned less."""
     rehearsed = trace.rehearsal.left(optimizer) if trace.rehearsal is not None else None
     return rehearsed is not None and rehearsed == lowest_loss(trace, optimizer)
+
+
+def learnt_later(trace: Trace) -> Response | None:
+    """The further virtual steps, where they learnt what the first ones did not."""
+    found = trace.persisted
+    return found if found is not None and math.isfinite(found.losses[-1]) and found.losses[-1] < LEARNT else None
 
 
 def _chaos(trace: Trace) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from initaudit.graph.calls import role_of
+from initaudit.graph.constness import constant_nodes
 from initaudit.graph.graph import Graph
 from initaudit.meter import Meter, Say, silent
 from initaudit.probe.passes import Pass, backward, batch_of
@@ -27,6 +28,8 @@ RATES = (("sgd", 0.03), ("sgd", 0.3), ("sgd", 0.003), ("adam", 3e-3), ("adam", 3
 STEPS = 20
 LEARNT = 0.5  # of the loss of guessing: what has come so far needs no further steps
 _MOMENTUM, _BETA1, _BETA2, _EPSILON = 0.9, 0.9, 0.999, 1e-8
+# So many steps had the networks whose training tells what a risk is (docs/trainability.md): one that learns within them learns.
+_LONG, _LONG_RATE = 200, ("adam", 3e-3)
 # Multiplications of all forward passes together: some seconds of one core at the very most, a part of one as a rule.
 _MOST = 3e10
 _CALL = 7e5  # some 50 microseconds
@@ -70,13 +73,9 @@ def respond(
         return ()  # a loop of a stranger's graph is run once and not a hundred times
     if batch < _LEAST or not seen.parameters or len(RATES) * STEPS * work(seen) * min(1, _EXAMPLES / batch) > _MOST:
         return ()
-    task = _Task(graph, constant, inputs, device, _tasks(seen, inputs, batch, seed))
-    if not task.losses:
+    task = _task(graph, constant, inputs, seen, seed, device)
+    if task is None:
         return ()
-    if batch > _EXAMPLES:
-        fewer = replace(task, inputs=[x[:_EXAMPLES] if x.dim() and x.shape[0] == batch else x for x in inputs])
-        # A graph with its batch size written into it takes no other.
-        task = fewer if fewer.step({})[0] is not None else task
     found: list[Response] = []
     meter = Meter(say, "probing: virtual steps with", "steps", len(RATES) * STEPS)
     for optimizer, rate in RATES:
@@ -84,6 +83,44 @@ def respond(
             found.append(Response(optimizer, rate, tuple(_descend(task, optimizer, rate))))
         meter(f"{optimizer} at {rate:g}", STEPS)
     return tuple(found)
+
+
+def persist(
+    graph: Graph, inputs: Sequence[Tensor], seed: int, device: torch.device | None, say: Say = silent
+) -> Response | None:
+    """Many more steps of Adam on the task that `respond` sets; None where they would cost too much.
+
+    Twenty steps tell networks apart that were asked for the same. What a network is by design can ask for more of them: its
+    branches begin closed, or its symmetries make a task of memory a hard one.
+    """
+    constant = constant_nodes(graph.fx)
+    seen, batch = Pass(graph, constant, device=device), batch_of(inputs)
+    seen.run(*inputs)
+    if _LONG * work(seen) * min(1, _EXAMPLES / batch) > _MOST:
+        return None
+    task, (optimizer, rate) = _task(graph, constant, inputs, seen, seed, device), _LONG_RATE
+    if task is None:
+        return None
+    say(f"probing: {_LONG} virtual steps with {optimizer} at {rate:g}")
+    return Response(optimizer, rate, tuple(_descend(task, optimizer, rate, _LONG)))
+
+
+def _task(
+    graph: Graph,
+    constant: frozenset[fx.Node],
+    inputs: Sequence[Tensor],
+    seen: Pass,
+    seed: int,
+    device: torch.device | None,
+) -> _Task | None:
+    """The task on some of the examples; None where no output has any."""
+    batch = batch_of(inputs)
+    task = _Task(graph, constant, inputs, device, _tasks(seen, inputs, batch, seed))
+    if not task.losses or batch <= _EXAMPLES:
+        return task if task.losses else None
+    fewer = replace(task, inputs=[x[:_EXAMPLES] if x.dim() and x.shape[0] == batch else x for x in inputs])
+    # A graph with its batch size written into it takes no other.
+    return fewer if fewer.step({})[0] is not None else task
 
 
 @dataclass(frozen=True)
@@ -109,15 +146,15 @@ class _Task:
         return float(total.detach()) / chance, lambda: run.parameter_gradients(backward(run, [total], [one], keep=False))
 
 
-def _descend(task: _Task, optimizer: str, rate: float) -> list[float]:
+def _descend(task: _Task, optimizer: str, rate: float, steps: int = STEPS) -> list[float]:
     """The loss before each step and after the last; ends early where it is not finite, or learnt."""
     shift: dict[str, Tensor] = {}
     memory: dict[str, tuple[Tensor, Tensor]] = {}
     losses: list[float] = []
-    for step in range(STEPS + 1):
+    for step in range(steps + 1):
         loss, gradients = task.step(shift)
         losses.append(math.inf if loss is None else loss)
-        if not math.isfinite(losses[-1]) or losses[-1] < LEARNT or step == STEPS:
+        if not math.isfinite(losses[-1]) or losses[-1] < LEARNT or step == steps:
             break
         for key, gradient in gradients().items():
             move = _move(memory, key, gradient, optimizer, rate, step + 1)

@@ -20,10 +20,10 @@ from initaudit.probe.measures import measures
 from initaudit.probe.observe import SignalObserver
 from initaudit.probe.passes import Observer, Pass, backward, batch_of, cotangents, on_to_inputs
 from initaudit.probe.recurrence import TimeObserver
-from initaudit.probe.response import respond
+from initaudit.probe.response import persist, respond
 from initaudit.probe.statistics import peak, power
 from initaudit.probe.targets import numbers_of
-from initaudit.probe.trace import ParameterRecord, Trace, Units, WeightRecord
+from initaudit.probe.trace import ParameterRecord, Response, Trace, Units, WeightRecord
 from initaudit.probe.units import compare_units
 from initaudit.probe.virtual import revived
 
@@ -87,6 +87,15 @@ def probe(
             numbers=numbers_of(given, batch),
             alike=_alike(given, ends, batch),
         )
+
+
+def persisted(
+    graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torch.device | str | None = None, say: Say = silent
+) -> Response | None:
+    """What many more virtual steps do (`response.persist`), under the conditions of `probe`."""
+    place = None if device is None else torch.device(device)
+    with undisturbed(seed, graph):
+        return persist(graph, floated(inputs, place), seed, place, say)
 
 
 def _alike(given: Sequence[Tensor], ends: Sequence[Tensor], batch: int) -> bool:

@@ -201,7 +201,8 @@ class Trace:
     """What the probe saw. `unknown` maps the nodes that could not be run, or lie downstream of one, to the reason.
 
     `numbers` is how many real numbers make one of the `batch` examples, None where an input is of integers. `alike` tells that
-    examples that differ at the inputs are the same at every output.
+    examples that differ at the inputs are the same at every output. `persisted` are many more virtual steps, taken where the
+    first ones learnt so little that the network seems not to learn.
     """
 
     batch: int
@@ -219,6 +220,7 @@ class Trace:
     rehearsal: Rehearsal | None = None
     forward: ForwardGains | None = None
     response: tuple[Response, ...] = ()
+    persisted: Response | None = None
     numbers: int | None = None
     alike: bool = False
 

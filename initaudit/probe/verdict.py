@@ -78,5 +78,14 @@ def judge(graph: Graph, trace: Trace) -> Risk:
     return Risk(symmetry, vanishing, exploding, sgd, adam, cause, {**values, **moved})
 
 
+def seems_untrainable(trace: Trace, risk: Risk) -> bool:
+    """Whether the virtual steps say that the network does not learn, and further ones could tell otherwise.
+
+    Where neighbouring inputs become unrelated, to remember them is easy and proves nothing: such networks do not generalise.
+    """
+    asked = any(r.losses and r.optimizer == "adam" for r in trace.response) and not trace.broken
+    return asked and min(risk.untrainable_sgd, risk.untrainable_adam) >= _LIKELY and not risk.features["chaos"] > 0
+
+
 def _decades(lost: float) -> float:
     return _logistic((lost - _HALF) / _WIDTH)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # Shares of a second moment below this are float32 rounding of numbers that are equal: (2**-24)² times some summands.
 ROUNDING = 1e-13
 _PRODUCTS = ("mul", "multiply", "div", "true_divide")
+_SUMS = ("add", "add_", "sum", "sub")
+# A branch that adds less than this share to the power of its stream is closed: what it will do begins with its last layer.
+_CLOSED = 1e-2
 _FAR = 64  # nodes between the last linear operator and the output at most
 
 
@@ -209,12 +212,38 @@ class _Follow:
                         kept = min(1.0, kept)  # what the other users send back is not this one's doing
                 if len(users) > 1:
                     kept = self._beside_others(node, user, kept)
+                if kept < 1 and self._closes(user):
+                    kept = 1.0
                 if role_of(user).name == "dropped":
                     kept = 0.0
                 value = left[user.name] * kept
                 best = value if best is None else max(best, value)
             left[node.name] = 1.0 if best is None else best
         return left
+
+    def _closes(self, layer: fx.Node) -> bool:
+        """Whether this is the last layer of a branch that adds next to nothing to its stream.
+
+        So drawn on purpose (EGNN's coordinates, gain 0.001), as others draw it zero: the layer itself gets the whole gradient
+        of the stream, one step of Adam is as large as its weights are, and what stands before it learns from then on.
+        """
+        from initaudit.graph.calls import role_of
+
+        node = layer
+        for _ in range(_FAR if role_of(layer).kind == "contraction" else 0):
+            user = next(iter(node.users), None)
+            if user is None or len(node.users) != 1:
+                return False
+            role = role_of(user)
+            name = (role.name or getattr(user.target, "__name__", "")).lower()
+            if name in _SUMS and len(self.sources.get(user, ())) > 1:
+                stream = [self.signals[s.name].moment2 for s in self.sources[user] if s is not node]
+                here = self.signals[node.name].moment2 if node.name in self.signals else None
+                return here is not None and any(m is not None and here < _CLOSED * m for m in stream)
+            if role.kind not in ("pointwise", "passthrough", "merge", "reduction"):
+                return False
+            node = user
+        return False
 
     def _beside_others(self, node: fx.Node, user: fx.Node, kept: float) -> float:
         """What a node gets back beside one of its users that is a sum or a factor: the measured whole.
@@ -230,7 +259,7 @@ class _Follow:
         name = (role.name or getattr(user.target, "__name__", "")).lower()
         others = [a for a in user.all_input_nodes if a is not node]
         factor = name in _PRODUCTS and all(self._number(a) for a in others)
-        if factor or (name in ("add", "add_", "sum", "sub") and len(self.sources[user]) > 1):
+        if factor or (name in _SUMS and len(self.sources[user]) > 1):
             return max(kept, _ratio(_norm2(here), _norm2(there)))
         return kept
 

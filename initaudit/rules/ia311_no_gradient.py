@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from initaudit.graph.reach import downstream
@@ -32,7 +33,8 @@ class NoGradient(Rule):
     What it does: names parameters whose gradient is exactly zero in the probe and after two virtual steps of all others, also
     because training drops what they make always, those that forward never reaches, and those that the module's own autograd
     does not reach. A zero that another zero explains (the branch behind a zero gate) is healthy: it comes alive at the second
-    step. Single tokens and vectors that only training modes use (mask tokens) are left to `info`.
+    step. Single tokens and vectors that only training modes use (mask tokens) are left to `info`; what a stack of equal blocks
+    leaves over, as its last one may, is a warning at most.
 
     Why it is bad: such a parameter keeps its random values, and costs memory and an optimizer state.
 
@@ -151,7 +153,8 @@ class NoGradient(Rule):
         left_out = any("by running" in note for note in graph.notes) or _optional_inputs(evidence)
         values = _values(evidence, unused)
         # What is left over where a stack ends (the last skip of a WaveNet) is waste, not a network that cannot learn.
-        level: Severity = "info" if left_out or not layers else "error" if values > self.limit(evidence, "error") else "warning"
+        harms = values > self.limit(evidence, "error") and not _ends_a_stack(evidence, layers)
+        level: Severity = "info" if left_out or not layers else "error" if harms else "warning"
         yield self.finding(
             f"forward never reaches {len(unused)} trainable parameters: {names(unused)}"
             + (f" ({100 * values:.2g} % of all values)" if layers else "")
@@ -198,6 +201,15 @@ def _missed_in_forward(evidence: Evidence) -> frozenset[str]:
     reads = any(n.op == "output" for n in downstream(n for n in graph.fx.nodes if n.op == "placeholder"))
     lost = set(graph.unused) if reads else set(graph.unused) - graph.own.called
     return graph.own.missed - told - lost
+
+
+def _ends_a_stack(evidence: Evidence, unused: Sequence[str]) -> bool:
+    """Whether of each of these weights there are more of the same shape that forward does reach: blocks of one stack."""
+    assert evidence.graph is not None
+    shapes = {n: tuple(a.shape) for n, a in evidence.checkpoint.arrays.items() if a.trainable}
+    left = Counter(shapes[n] for n in unused if n in shapes)
+    every = Counter(shapes.values())
+    return all(count < every[shape] - count for shape, count in left.items())
 
 
 def _values(evidence: Evidence, given: Collection[str]) -> float:

@@ -19,8 +19,8 @@ class Untrainable(Rule):
     """The network does not begin to learn under any optimizer of customary step size.
 
     What it does: asks the risk model, where it could watch some virtual steps of SGD and of Adam on a task of memory (those of
-    `--rehearse` count as well), and reports a network that is likely to fail under both. Any other finding that explains it
-    takes its place.
+    `--rehearse` count as well), and reports a network that is likely to fail under both and does not learn that task in 200
+    steps of Adam either. Any other finding that explains it takes its place.
 
     Why it is bad: the training run would be paid for and end at the accuracy of guessing.
 
@@ -43,8 +43,12 @@ class Untrainable(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""
+        from initaudit.probe.features import learnt_later
+
         risk, trace = evidence.risk, evidence.trace
         if risk is None or trace is None or "unlearnt_sgd" not in risk.features or not initial(evidence):
+            return
+        if learnt_later(trace) is not None:
             return
         least = min(risk.untrainable_sgd, risk.untrainable_adam)
         if least < self.limit(evidence, "warning"):
