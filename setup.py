@@ -9,7 +9,7 @@ setup(
         Extension(
             "initaudit.measure._kernel",
             [f"{KERNEL}/kernel.c"],
-            depends=[f"{KERNEL}/{name}.h" for name in ("pass", "block", "lanes")],
+            depends=[f"{KERNEL}/{name}.h" for name in ("pass", "block", "lanes", "calls")],
             extra_compile_args=["-O3", "-g0"],
             # numpy does the same without it (initaudit/measure/fused.py).
             optional=True,

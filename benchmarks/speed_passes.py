@@ -16,6 +16,8 @@ from speed_tools import Runs, medians, replaced, write
 if TYPE_CHECKING:
     import torch
 
+    from initaudit.load.stretches import Stretch
+
 
 def one_pass(folder: Path, quick: bool) -> None:
     """All statistics of a pass against safe_open and torch.std_mean, the file in the page cache."""
@@ -49,8 +51,8 @@ def one_pass(folder: Path, quick: bool) -> None:
 
 def variants(folder: Path, quick: bool) -> None:
     """Bytes a second of other types, shapes and values, as shares of those of a bfloat16 matrix."""
-    import torch
-
+    from initaudit.load import load
+    from initaudit.load.stretches import stretches
     from initaudit.measure.moments import measure
     from initaudit.measure.units import as_matrix, measure_units
 
@@ -74,16 +76,28 @@ def variants(folder: Path, quick: bool) -> None:
         name: (lambda a=a: measure(a)) if a.ndim == 1 else (lambda a=a: measure_units(as_matrix(a)))
         for name, a in arrays.items()
     }
-    tiny = [plain[:16, i % 4000 : i % 4000 + 16].copy() for i in range(10_000)]
-    runs["ten thousand of 16x16"] = lambda: [measure_units(a) for a in tiny]
+    sizes = {name: a.nbytes for name, a in arrays.items()}
+    for dtype, width in (("BF16", 2), ("F32", 4)):
+        path = folder / f"tiny{dtype}.safetensors"
+        write(path, (16, 16), 10_000, dtype)
+        near = [(stretch, np.array(stretch.read())) for stretch in stretches(load(path).arrays)]
+        for records, name in ((False, f"10,000 of 16x16, {dtype}"), (True, f"{dtype}, and records of each")):
+            runs[name], sizes[name] = partial(measured_together, near, records), 10_000 * 256 * width
     found = medians(runs, 3 if quick else 7)
-    sizes = {**{name: a.nbytes for name, a in arrays.items()}, "ten thousand of 16x16": 10_000 * 1024}
     main = sizes["bfloat16"] / found["bfloat16"]
     for name, seconds in found.items():
         print(f"variants  {name:28}{sizes[name] / seconds / main:8.2f} of the bytes a second of bfloat16")
-    tensors = [torch.from_numpy(a) for a in tiny]
-    each = medians({"": lambda: [torch.std_mean(t) for t in tensors]}, 3)[""]
-    print(f"variants  {'ten thousand of 16x16':28}{each / found['ten thousand of 16x16']:8.2f} x torch.std_mean of each")
+
+
+def measured_together(near: list[tuple[Stretch, np.ndarray]], records: bool) -> None:
+    """Many small tensors as an audit measures them: in columns, or with the records that it then makes of each."""
+    from initaudit.load.checkpoint import numpy_dtype
+    from initaudit.measure.together import measure_together
+
+    for stretch, data in near:
+        found = measure_together(data, numpy_dtype(stretch.dtype), stretch.places)
+        if records:
+            [(found.moments(i), found.unit_sums(i)) for i in range(len(stretch.names))]
 
 
 def threads(folder: Path, quick: bool) -> None:
@@ -101,7 +115,15 @@ def threads(folder: Path, quick: bool) -> None:
         for _ in side_by_side(lambda array: measure_units(array.read()), arrays, jobs):
             pass
 
-    for name, run in (("the pass", passes), ("audit, --jobs", lambda jobs: audit(path, config={"jobs": jobs}))):
+    cached = np.random.default_rng(0).normal(0, 0.02, (128, 1024)).astype(ml_dtypes.bfloat16)
+
+    def loops(jobs: int) -> None:
+        """What the two cores can do: the same loop over a quarter of a megabyte, again and again."""
+        for _ in side_by_side(lambda _: [measure_units(cached) for _ in range(50)], range(2 * len(arrays)), jobs):
+            pass
+
+    shared = (("in a cache", loops), ("the pass", passes), ("audit, --jobs", lambda jobs: audit(path, config={"jobs": jobs})))
+    for name, run in shared:
         found = medians({"1": partial(run, 1), "2": partial(run, 2)}, 3 if quick else 7)
         print(f"threads   {name:16} 2 on {os.cpu_count()} cores{'':13}{found['1'] / found['2']:8.2f} x")
 

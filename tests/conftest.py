@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 
+import kernels
 import pytest
 import torch
+
+from initaudit.measure import fused
 
 # No test may be passed by what another run has kept, nor write where the user's own reports are.
 os.environ["INITAUDIT_CACHE_DIR"] = ""
@@ -41,3 +44,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def overwrite(request: pytest.FixtureRequest) -> bool:
     """Whether what differs is renewed; what a golden file must hold whatever it says is checked all the same."""
     return bool(request.config.getoption("--overwrite"))
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory):
+    """The extension as it is in the sources now, whatever is installed."""
+    return kernels.built(tmp_path_factory.mktemp("kernel"), tmp_path_factory.mktemp("compiler"))
+
+
+@pytest.fixture(params=["plain", "AVX2", "AVX-512"])
+def fast(request, kernel, monkeypatch):
+    """The package with the pass in C, for each instruction set that this processor has."""
+    at = ["plain", "AVX2", "AVX-512"].index(request.param)
+    if at >= kernel.LEVELS:
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(fused, "kernel", kernel)
+    monkeypatch.setattr(fused, "level", at)

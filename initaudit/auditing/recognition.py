@@ -19,6 +19,7 @@ from initaudit.load.checkpoint import Array
 from initaudit.measure.blocks import BLOCK, distinct, forget
 from initaudit.measure.moments import Moments
 from initaudit.measure.observation import Observation, observe, survey
+from initaudit.measure.units import UnitSums
 from initaudit.meter import Meter, Say, silent
 from initaudit.pair.records import Pair
 from initaudit.rules.evidence import LayerEvidence, ModelPhase
@@ -39,6 +40,10 @@ _PARTS = (2, 3)  # a value and its gate; queries, keys and values
 _APART = 2.0  # of standard deviations: training does not spread equal parts so far from each other
 _SHORT = 65_536  # values of a vector that are looked at one by one
 _UNIFORM = 0.1  # distance of a kurtosis from a uniform law's 1.8
+
+
+# The values of a tensor, their moments, and the sums of a matrix.
+Known = tuple[np.ndarray[Any, Any], Moments, UnitSums | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +87,14 @@ def with_recognition(
 
 
 def surveyed(
-    array: Array, arrays: Mapping[str, Array], layer_of: Callable[[Moments], LayerEvidence]
+    array: Array, arrays: Mapping[str, Array], layer_of: Callable[[Moments], LayerEvidence], known: Known | None = None
 ) -> tuple[Moments, LayerEvidence]:
     """The moments of a stored weight, and the layer that `layer_of` makes of them with the schemes that fit, of one reading.
 
-    Raises InitauditError where it cannot be read.
+    `known` are its values, moments and sums, where it has been read. Raises InitauditError where it cannot be read.
     """
-    values = array.read()
-    moments, seen = survey(values, _bits(array))
+    values = known[0] if known is not None else array.read()
+    moments, seen = survey(values, _bits(array), known[1:] if known is not None else None)
     layer = layer_of(moments)
     recognition = _judged(values, seen, layer, arrays, Stack()) if moments.size else None
     return moments, dataclasses.replace(layer, recognition=recognition)

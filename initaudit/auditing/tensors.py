@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from initaudit.errors import InitauditError
 from initaudit.load.checkpoint import Array, Checkpoint, Problem, numpy_dtype
+from initaudit.load.stretches import Stretch, stretches
 from initaudit.measure.moments import Moments, measure
+from initaudit.measure.together import measure_together
+from initaudit.measure.units import UnitSums
 from initaudit.meter import Meter
 from initaudit.rules.evidence import LayerEvidence
 
+_Look = tuple[Moments | InitauditError, LayerEvidence | None]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -59,29 +65,58 @@ def measure_all(arrays: Mapping[str, Array], progress: Callable[[str], None], jo
 
 
 def survey_all(checkpoint: Checkpoint, progress: Callable[[str], None], jobs: int = 1) -> Tensors:
-    """The same, and the layers of a checkpoint without a program as shapes and names tell, with the schemes that fit."""
-    from initaudit.auditing.recognition import surveyed
+    """The same, and the layers of a checkpoint without a program as shapes and names tell, with the schemes that fit.
+
+    Small tensors that lie near each other in a file are read and measured together, the others side by side.
+    """
+    from initaudit.auditing.recognition import Known, surveyed
     from initaudit.auditing.static import named_layer
     from initaudit.graph.from_names import infer
 
     arrays = checkpoint.arrays
     weights = {weight.name: weight for weight in infer(arrays)}
 
-    def look(name: str) -> tuple[Moments | InitauditError, LayerEvidence | None]:
+    def look(name: str, known: Known | None = None) -> _Look:
         array, weight = arrays[name], weights.get(name)
         if weight is None:
-            return _moments(array), None
+            return known[1] if known is not None else _moments(array), None
         try:
-            moments, recognition = surveyed(array, arrays, lambda moments: named_layer(weight, array, moments))
+            return surveyed(array, arrays, lambda moments: named_layer(weight, array, moments), known)
         except InitauditError as error:
             return error, None
-        return moments, recognition
 
-    found = Tensors()
     names = [name for name, array in arrays.items() if _measured(array)]
+    near = list(stretches({name: arrays[name] for name in names}))
+    together = {name for stretch in near for name in stretch.names}
+    apart = [name for name in names if name not in together]
     meter = Meter(progress, "measuring", "MB", sum(_bytes(arrays[name]) for name in names))
-    for name, (moments, layer) in zip(names, side_by_side(look, names, jobs), strict=True):
+    seen: dict[str, _Look] = {}
+    for name, result in zip(apart, side_by_side(look, apart, jobs), strict=True):
         meter(name, _bytes(arrays[name]))
+        seen[name] = result
+    for stretch in near:
+        for name, known in zip(stretch.names, _measured_together(stretch), strict=True):
+            meter(name, _bytes(arrays[name]))
+            seen[name] = look(name, known)
+    return _found(seen, names)
+
+
+def _measured_together(stretch: Stretch) -> Iterator[tuple[np.ndarray[Any, Any], Moments, UnitSums | None] | None]:
+    """What is known of each tensor of a stretch; None where its bytes cannot be read, which each then says for itself."""
+    try:
+        data = stretch.read()
+    except InitauditError:
+        yield from (None for _ in stretch.names)
+        return
+    found = measure_together(data, numpy_dtype(stretch.dtype), stretch.places)
+    for i in range(len(stretch.names)):
+        yield stretch.values(data, i), found.moments(i), found.unit_sums(i)
+
+
+def _found(seen: Mapping[str, _Look], names: Iterable[str]) -> Tensors:
+    found = Tensors()
+    for name in names:
+        moments, layer = seen[name]
         if isinstance(moments, Moments):
             found.moments[name] = moments
         else:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from initaudit.graph.aten import base_name
 from initaudit.graph.execute import note_shape
 from initaudit.graph.graph import Constant, Graph, Input, location_of
-from initaudit.graph.noise import certain
+from initaudit.graph.probability import certain
 from initaudit.graph.steps import dropped
 from initaudit.location import Location
 

@@ -12,15 +12,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from initaudit.graph.probability import certain
+
 # Where each of these takes the probability that an element is zero; an LSTM and an attention drop what they hand on inside.
 _DROPPING = ("dropout", "alpha_dropout", "feature_alpha_dropout", "feature_dropout", "native_dropout")
 _DROPOUTS = (*_DROPPING, "dropout1d", "dropout2d", "dropout3d", "dropout_", "alpha_dropout_", "feature_dropout_")
 _INSIDE = {"scaled_dot_product_attention": (5, "dropout_p"), "lstm": (5, "dropout"), "gru": (5, "dropout")}
-
-
-def certain(probability: object) -> bool:
-    """Whether an element is zero with this probability always."""
-    return isinstance(probability, (int, float)) and probability >= 1
 
 
 def drops(ratio: torch.Tensor | None = None, training: torch.Tensor | None = None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Problem, numpy_dtype
 from initaudit.load.pickle_values import Affine, Call, Event, NdArray, Recorder, Tensor, describe
-from initaudit.load.spans import byte_count, show
+from initaudit.load.spans import Stored, byte_count, show
 from initaudit.load.sparse import Parts, check_dense, dense
 
 MAX_VISITED = 500_000  # values; a list that holds itself twice at every level has 2**levels
@@ -113,7 +113,17 @@ def as_array(value: Tensor | NdArray, name: str, where: str, trainable: bool) ->
         return Array(
             name, value.shape, "float32", lambda: _dequantized(value, quantizer), key, f"affine {value.dtype}", trainable
         )
-    return Array(name, value.shape, value.dtype, lambda: _view(value), key, trainable=trainable)
+    return Array(name, value.shape, value.dtype, _opener(value), key, trainable=trainable)
+
+
+def _opener(value: Tensor) -> Callable[[], np.ndarray[Any, Any]]:
+    """Reads the values, if it can be from where they lie one after another in the file."""
+    storage, elements = value.storage, math.prod(value.shape)
+    plain = _contiguous(value) and elements > 0 and not (value.conjugate or value.negative or storage.big_endian)
+    if storage.span is None or not plain:
+        return lambda: _view(value)
+    item = numpy_dtype(value.dtype).itemsize
+    return Stored(storage.span.part(value.offset * item, elements * item), value.dtype, value.shape)
 
 
 def _sparse_array(

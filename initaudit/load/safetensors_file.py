@@ -13,7 +13,7 @@ from typing import Any
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
 from initaudit.load.finish import finish
-from initaudit.load.spans import Span, byte_count, show
+from initaudit.load.spans import Span, Stored, byte_count, show
 
 FORMAT = "safetensors"
 MAX_HEADER = 100_000_000  # the limit of the reference implementation, safetensors/src/tensor.rs
@@ -59,13 +59,9 @@ def load(path: Path) -> Checkpoint:
             problems.append(Problem("IA001", name, found))
             continue
         part = data.part(begin, end - begin)
-        arrays[name] = Array(name, shape, dtype, _reader(part, dtype, shape))
+        arrays[name] = Array(name, shape, dtype, Stored(part, dtype, shape))
     _check_spans(spans, data.length, where)
     return finish(Checkpoint(str(path), FORMAT, arrays, problems=tuple(problems), metadata=metadata))
-
-
-def _reader(span: Span, dtype: str, shape: tuple[int, ...]) -> Any:
-    return lambda: span.array(dtype, shape)
 
 
 def _header(raw: bytes, where: str) -> dict[str, Any]:

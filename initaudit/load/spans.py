@@ -20,7 +20,8 @@ from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import numpy_dtype
 
 MAX_ELEMENTS = 1 << 48  # beyond every machine; keeps a product of hostile sizes away from numpy's own overflow
-_SMALL = 1 << 16  # bytes: as many are read in a quarter of the time in which they are mapped
+SMALL = 1 << 16  # bytes: as many are read in a quarter of the time in which they are mapped
+_SHORTER = "the file has become shorter since it was opened"
 _MAPPED: ContextVar[bool] = ContextVar("mapped", default=False)
 PACKED_BITS = {"int4": 4, "uint4": 4, "float4_e2m1fn": 4, "int2": 2, "uint2": 2}  # several elements a byte, the first lowest
 
@@ -140,14 +141,39 @@ class Span:
             flat = np.frombuffer(self.data, np.uint8, self.length, self.offset)
             return flat.view(dtype).reshape(shape)
         try:
+            if self.length <= SMALL and not _MAPPED.get():
+                return np.frombuffer(self._few_bytes(), dtype).reshape(shape)
             # A page behind the end of a file that shrank would end the process with SIGBUS
             if os.stat(self.path).st_size < self.offset + self.length:
-                raise UnreadableModel(show(self.path), "the file has become shorter since it was opened")
-            if self.length <= _SMALL and not _MAPPED.get():
-                return np.frombuffer(self.read(), dtype).reshape(shape)
+                raise UnreadableModel(show(self.path), _SHORTER)
             return np.memmap(self.path, dtype=dtype, mode="r", offset=self.offset, shape=shape)
         except (OSError, ValueError) as error:
             raise UnreadableModel(show(self.path), reason(error)) from error
+
+    def _few_bytes(self) -> bytes:
+        """What `read` reads, without the layers of a file object, which take longer than a few bytes."""
+        handle = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            os.lseek(handle, self.offset, os.SEEK_SET)
+            found = os.read(handle, self.length)
+        finally:
+            os.close(handle)
+        if len(found) != self.length:
+            raise UnreadableModel(show(self.path), _SHORTER)
+        return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Opens an array of `dtype` and `shape` that lies in `span` as it is, in the machine's order of bytes."""
+
+    span: Span
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __call__(self) -> np.ndarray[Any, Any]:
+        """The values; raises `UnreadableModel` as `Span.array` does."""
+        return self.span.array(self.dtype, self.shape)
 
 
 class _View(io.RawIOBase):

@@ -22,6 +22,18 @@ def measure(
     level: int,
     /,
 ) -> tuple[int, float, float, float, float, float, float, int, int, int]: ...
+def measure_many(
+    kind: int,
+    data: Array,
+    table: Array | None,
+    factors: Array,
+    places: Array,
+    numbers: Array,
+    counts: Array,
+    sums: Array,
+    level: int,
+    /,
+) -> None: ...
 def gather(
     kind: int,
     data: Array,

@@ -61,15 +61,23 @@ def observe(array: np.ndarray[Any, Any], bits: int = 0) -> Observation:
     return survey(array, bits)[1]
 
 
-def survey(array: np.ndarray[Any, Any], bits: int = 0) -> tuple[Moments, Observation]:
-    """The moments of all values of `array` and its observation, of one pass; `bits` as for `observe`."""
+def survey(
+    array: np.ndarray[Any, Any], bits: int = 0, known: tuple[Moments, UnitSums | None] | None = None
+) -> tuple[Moments, Observation]:
+    """The moments of all values of `array` and its observation, of one pass; `bits` as for `observe`.
+
+    `known` are the moments, and the sums of a matrix of several rows and columns, where these have been measured.
+    """
     matrix = as_matrix(array)
     if array.ndim < 2 or array.shape[0] == 1 or array.size == 0 or matrix.shape[1] == 1:
-        moments, picked = measure(array), _gather(array.reshape(-1))
+        moments, picked = known[0] if known else measure(array), _gather(array.reshape(-1))
         digits = _digits(picked, array.dtype, bits, moments)
         sample = _sample(picked, digits, False)
         return moments, Observation(array.shape, moments, None, sample, digits.spacing)
-    moments, sums, picked = measure_matrix(matrix, _places(array.size))
+    if known is not None and known[1] is not None:
+        (moments, sums), picked = (known[0], known[1]), _gather(matrix.reshape(-1))
+    else:
+        moments, sums, picked = measure_matrix(matrix, _places(array.size))
     seen = _observed(array, matrix, moments, sums, picked, _digits(picked, array.dtype, bits, moments))
     forget(array)
     return moments, seen
@@ -172,6 +180,9 @@ def _places(size: int) -> np.ndarray[Any, Any]:
 
 def _gather(line: np.ndarray[Any, Any]) -> Vector:
     """The values of a vector at `_places`, as float64."""
+    if line.size <= SAMPLE:
+        with np.errstate(invalid="ignore"):
+            return line.astype(np.float64)
     picked = []
     for places in np.array_split(_places(line.size), 16):
         with np.errstate(invalid="ignore"):  # arbitrary bytes are signalling NaNs too

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from initaudit.graph.calls import arguments, role_of, signal_inputs
-from initaudit.graph.noise import certain
+from initaudit.graph.probability import certain
 from initaudit.probe.activations import Activation, by_exit, find_activations, flat_units, sample
 from initaudit.probe.passes import Observer, Pass, kind_of
 from initaudit.probe.statistics import (

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
-from initaudit.graph.noise import certain
+from initaudit.graph.probability import certain
 from initaudit.graph.reach import upstream
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.support import to_output, view

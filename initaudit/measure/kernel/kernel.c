@@ -25,7 +25,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define ALIGNED __attribute__((aligned(64)))
 
-enum { VERSION = 2 }; /* of the functions: as in initaudit/measure/fused.py, which leaves one of another version alone */
+enum { VERSION = 3 }; /* of the functions: as in initaudit/measure/fused.py, which leaves one of another version alone */
 enum { FLOAT32, BFLOAT16, FLOAT16, BYTE };
 enum {
     TILE = 1024,   /* columns whose sums stay in a first-level cache: 16 KiB of them */
@@ -78,6 +78,32 @@ INLINE uint64_t hash(const char *p, int64_t bytes, const uint64_t *odd)
         total += (word ^ (word >> 32)) * odd[whole];
     }
     return total;
+}
+
+/* The same of a row of a few words, where vectors take longer to set up than they save. */
+INLINE uint64_t hash_short(const char *p, int64_t bytes, const uint64_t *odd)
+{
+    uint64_t total = 0, word;
+#pragma GCC unroll 4
+    for (; bytes >= 8; bytes -= 8, p += 8, odd++) {
+        memcpy(&word, p, 8);
+        __asm__("" : "+r"(word)); /* keeps the compiler from vectors */
+        total += (word ^ (word >> 32)) * *odd;
+    }
+    if (bytes == 0)
+        return total;
+    /* What is left over, by halves: a copy of any length is a call. */
+    uint32_t four = 0;
+    uint16_t two = 0;
+    int shift = 0;
+    word = 0;
+    if (bytes & 4)
+        memcpy(&four, p, 4), word = four, shift = 32, p += 4;
+    if (bytes & 2)
+        memcpy(&two, p, 2), word |= (uint64_t)two << shift, shift += 16, p += 2;
+    if (bytes & 1)
+        word |= (uint64_t)(unsigned char)*p << shift;
+    return total + (word ^ (word >> 32)) * *odd;
 }
 
 static int64_t look_up(float *to, const uint8_t *from, int64_t n, int64_t next, const uint16_t *table)
@@ -229,25 +255,25 @@ static int better_pilot(const input *in, output *out)
 
 static void measure(const input *in, output *out, passer *pass)
 {
-    input again = *in;
-    const int64_t n = in->rows * in->columns;
-    again.row_sums = NULL;
     out->pilot = 0;
-    if (n >= MANY) {
+    if (in->rows * in->columns >= MANY) {
         output head = {0};
-        input first = again;
-        first.rows = 1, first.columns = HEAD;
+        input first = *in;
+        first.row_sums = NULL, first.rows = 1, first.columns = HEAD;
         pass(&first, &head);
         if (better_pilot(&first, &head))
             out->pilot = head.pilot;
     }
     pass(in, out);
-    if (better_pilot(in, out))
+    if (better_pilot(in, out)) {
+        input again = *in;
+        again.row_sums = NULL;
         pass(&again, out);
+    }
 }
 
-/* Sums of powers about the mean from those about the pilot. */
-static PyObject *as_moments(const input *in, const output *out)
+/* Sums of powers about the mean from those about the pilot: mean, m2, m3, m4, least, greatest; finite, zero, NaN and infinite. */
+static void central(const input *in, const output *out, double numbers[6], int64_t counts[4])
 {
     const int64_t count = in->rows * in->columns - out->nan - out->inf;
     double mean = 0, m2 = 0, m3 = 0, m4 = 0, low = NAN, high = NAN;
@@ -259,188 +285,22 @@ static PyObject *as_moments(const input *in, const output *out)
     if (low < high) {
         const double e = out->s1 / (double)count;
         mean = out->pilot + e;
-        m2 = fmax(out->s2 - e * out->s1, 0);
+        m2 = out->s2 - e * out->s1;
         m3 = out->s3 - 3 * e * out->s2 + 2 * e * e * out->s1;
-        m4 = fmax(out->s4 - 4 * e * out->s3 + 6 * e * e * out->s2 - 3 * e * e * e * out->s1, 0);
+        m4 = out->s4 - 4 * e * out->s3 + 6 * e * e * out->s2 - 3 * e * e * e * out->s1;
+        m2 = m2 > 0 ? m2 : 0, m4 = m4 > 0 ? m4 : 0; /* rounding; and no number where a power left its range */
     }
-    return Py_BuildValue("LddddddLLL", (long long)count, mean, m2, m3, m4, low, high, (long long)out->zeros, (long long)out->nan,
-                         (long long)out->inf);
+    const double found[6] = {mean, m2, m3, m4, low, high};
+    const int64_t counted[4] = {count, out->zeros, out->nan, out->inf};
+    memcpy(numbers, found, sizeof found);
+    memcpy(counts, counted, sizeof counted);
 }
 
-/* A buffer of at least `bytes` bytes, at an address that is a multiple of `unit`; 0 and an exception where it is not. */
-static int take(PyObject *from, Py_buffer *to, int flags, int64_t bytes, size_t unit, const char *name)
-{
-    if (PyObject_GetBuffer(from, to, flags) < 0)
-        return 0;
-    if (to->len >= bytes && (uintptr_t)to->buf % unit == 0)
-        return 1;
-    PyErr_Format(PyExc_ValueError, "%s has %zd bytes where %lld were expected", name, to->len, (long long)bytes);
-    PyBuffer_Release(to);
-    return 0;
-}
-
-static const int sizes[] = {4, 2, 2, 1};
-static const int64_t limit = INT64_C(1) << 40;
-
-static int pass_arguments(PyObject *args, input *in, Py_buffer views[4], int *used, int *level)
-{
-    Py_ssize_t rows, columns, top, all;
-    PyObject *data, *table, *odd, *sums;
-    if (!PyArg_ParseTuple(args, "iOnnOOOnni", &in->kind, &data, &rows, &columns, &table, &odd, &sums, &top, &all, level))
-        return 0;
-    if (in->kind < FLOAT32 || in->kind > BYTE || rows < 0 || columns < 0 || top < 0 || all < rows || top > all - rows ||
-        all > limit || columns > limit || (columns && rows > (limit >> 8) / columns)) {
-        PyErr_SetString(PyExc_ValueError, "an unknown kind or an impossible shape");
-        return 0;
-    }
-    const int64_t size = sizes[in->kind];
-    if (!take(data, &views[(*used)++], PyBUF_SIMPLE, rows * columns * size, 1, "data"))
-        return --*used, 0;
-    in->data = views[0].buf, in->rows = rows, in->columns = columns;
-    if (in->kind == BYTE) {
-        if (!take(table, &views[(*used)++], PyBUF_SIMPLE, 512, 2, "table"))
-            return --*used, 0;
-        in->table = views[*used - 1].buf;
-        in->kind = FLOAT32; /* once they are widened */
-        in->single = 1;
-        for (int i = 0; i < 256; i++) {
-            const uint32_t bits = (uint32_t)(in->table[i] & 0x7fff) << 16;
-            float value;
-            memcpy(&value, &bits, 4);
-            in->single &= value == 0 || !isfinite(value) || (SMALLEST < value && value < LARGEST);
-        }
-    }
-    if (sums == Py_None)
-        return 1;
-    if (!take(odd, &views[(*used)++], PyBUF_SIMPLE, (columns * size + 7) / 8 * 8, 8, "odd"))
-        return --*used, 0;
-    in->odd = views[*used - 1].buf;
-    if (!take(sums, &views[(*used)++], PyBUF_WRITABLE, (3 * all + 2 * columns) * 8, 8, "sums"))
-        return --*used, 0;
-    double *to = views[*used - 1].buf;
-    in->row_sums = to + top, in->row_squares = to + all + top, in->row_hashes = (uint64_t *)(to + 2 * all) + top;
-    in->column_sums = to + 3 * all, in->column_squares = to + 3 * all + columns;
-    return 1;
-}
-
-static int level_of(int asked)
-{
-    return asked < 0 || asked >= best.levels ? best.levels - 1 : asked;
-}
-
-static PyObject *kernel_measure(PyObject *self, PyObject *args)
-{
-    (void)self;
-    input in = {.widen = best.widen};
-    output out = {0};
-    Py_buffer views[4];
-    PyObject *found = NULL;
-    int used = 0, level = 0;
-    if (pass_arguments(args, &in, views, &used, &level)) {
-        level = level_of(level);
-        Py_BEGIN_ALLOW_THREADS
-        measure(&in, &out, best.pass[level]);
-        Py_END_ALLOW_THREADS
-        found = as_moments(&in, &out);
-    }
-    while (used)
-        PyBuffer_Release(&views[--used]);
-    return found;
-}
-
-static PyObject *kernel_survey(PyObject *self, PyObject *args)
-{
-    (void)self;
-    PyObject *data;
-    Py_buffer view;
-    int level;
-    double out[4];
-    if (!PyArg_ParseTuple(args, "Oi", &data, &level) || !take(data, &view, PyBUF_SIMPLE, 0, 1, "data"))
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    best.survey[level_of(level)](view.buf, view.len / 4, out);
-    Py_END_ALLOW_THREADS
-    PyBuffer_Release(&view);
-    return Py_BuildValue("dddd", out[0], out[1], out[2], out[3]);
-}
-
-/* Whether a product of these is a number of elements that there can be; 0 and an exception where it is not. */
-static int few(int64_t count, int64_t width)
-{
-    if (width == 0 || count <= limit / width)
-        return 1;
-    PyErr_SetString(PyExc_ValueError, "an impossible shape");
-    return 0;
-}
-
-/* Rows `places` of a matrix, from column `left` on, as float32 rows of `width`. */
-static PyObject *kernel_gather(PyObject *self, PyObject *args)
-{
-    (void)self;
-    int kind, level, used = 0;
-    Py_ssize_t rows, columns, left, width;
-    PyObject *data, *table, *places, *to, *found = NULL;
-    Py_buffer views[4];
-    if (!PyArg_ParseTuple(args, "iOnnOOnnOi", &kind, &data, &rows, &columns, &table, &places, &left, &width, &to, &level))
-        return NULL;
-    if (kind < FLOAT32 || kind > BYTE || rows < 0 || columns < 0 || rows > limit || columns > limit ||
-        (columns && rows > (limit << 8) / columns) || left < 0 || width < 0 || width > columns || left > columns - width)
-        return PyErr_SetString(PyExc_ValueError, "an unknown kind or an impossible shape"), NULL;
-    const int64_t size = sizes[kind];
-    if (take(data, &views[0], PyBUF_SIMPLE, rows * columns * size, 1, "data") && ++used &&
-        take(places, &views[1], PyBUF_SIMPLE, 0, 8, "places") && ++used && few(views[1].len / 8, width) &&
-        take(to, &views[2], PyBUF_WRITABLE, views[1].len / 8 * width * 4, 4, "to") && ++used &&
-        (kind != BYTE || (take(table, &views[3], PyBUF_SIMPLE, 512, 2, "table") && ++used))) {
-        const int64_t *place = views[1].buf, count = views[1].len / 8;
-        int64_t i = 0;
-        Py_BEGIN_ALLOW_THREADS
-        for (; i < count && 0 <= place[i] && place[i] < rows; i++) {
-            const char *from = (const char *)views[0].buf + (place[i] * columns + left) * size;
-            float *row = (float *)views[2].buf + i * width;
-            if (kind == BYTE)
-                best.widen(row, (const uint8_t *)from, width, 0, views[3].buf);
-            else
-                best.convert[level_of(level)](kind, from, width, row);
-        }
-        Py_END_ALLOW_THREADS
-        if (i == count)
-            found = Py_NewRef(Py_None);
-        else
-            PyErr_Format(PyExc_ValueError, "there is no row %lld of %zd", (long long)place[i], rows);
-    }
-    while (used)
-        PyBuffer_Release(&views[--used]);
-    return found;
-}
-
-static PyObject *kernel_krylov(PyObject *self, PyObject *args)
-{
-    (void)self;
-    int level, used = 0;
-    Py_ssize_t rows, columns, steps;
-    PyObject *block, *basis, *images, *found = NULL;
-    Py_buffer views[3];
-    if (!PyArg_ParseTuple(args, "OnnnOOi", &block, &rows, &columns, &steps, &basis, &images, &level))
-        return NULL;
-    const int64_t most = 1 << 20;
-    if (rows < 0 || columns < 0 || steps < 0 || rows > most || columns > most || steps > most)
-        return PyErr_SetString(PyExc_ValueError, "an impossible shape"), NULL;
-    if (take(block, &views[0], PyBUF_SIMPLE, rows * columns * 4, 4, "block") && ++used &&
-        take(basis, &views[1], PyBUF_WRITABLE, (steps + 1) * columns * 4, 4, "basis") && ++used &&
-        take(images, &views[2], PyBUF_WRITABLE, steps * rows * 4, 4, "images") && ++used) {
-        int64_t made;
-        Py_BEGIN_ALLOW_THREADS
-        made = best.krylov[level_of(level)](views[0].buf, rows, columns, steps, views[1].buf, views[2].buf);
-        Py_END_ALLOW_THREADS
-        found = PyLong_FromLongLong(made);
-    }
-    while (used)
-        PyBuffer_Release(&views[--used]);
-    return found;
-}
+#include "calls.h"
 
 static PyMethodDef methods[] = {
     {"measure", kernel_measure, METH_VARARGS, "See _kernel.pyi."},
+    {"measure_many", kernel_measure_many, METH_VARARGS, "See _kernel.pyi."},
     {"gather", kernel_gather, METH_VARARGS, "See _kernel.pyi."},
     {"krylov", kernel_krylov, METH_VARARGS, "See _kernel.pyi."},
     {"survey", kernel_survey, METH_VARARGS, "See _kernel.pyi."},

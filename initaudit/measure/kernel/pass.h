@@ -13,21 +13,6 @@ typedef struct {
     float pilot;
 } N(state);
 
-INLINE N(vf) N(all)(float value) { return (N(vf)){0} + value; }
-
-INLINE N(vf) N(load)(const int kind, const char *p)
-{
-    return kind == FLOAT32 ? N(load_float32)(p) : kind == FLOAT16 ? N(load_float16)(p) : N(load_bfloat16)(p);
-}
-
-INLINE double N(sum)(const N(vd) x)
-{
-    double total = 0;
-    for (int i = 0; i < LANES / 2; i++)
-        total += x[i];
-    return total;
-}
-
 /* One row of a tile, `length` values in whole vectors; the next row lies `next` bytes on. Returns whether all values are finite;
    where not, the sums of units are as they should be and those of moments are left alone. */
 INLINE int N(fast)(const int kind, const int shifted, const int units, const char *p, int64_t length, int64_t next, N(state) *t,
@@ -134,12 +119,8 @@ static int N(masked)(int kind, const char *p, int64_t length, N(state) *t, doubl
     const N(vf) limit = N(all)(INFINITY), pilot = N(all)(t->pilot), none = {0};
     N(vd) r1 = {0}, r2 = {0};
     for (int64_t i = 0; i < length; i += LANES) {
-        char rest[4 * LANES] = {0};
-        const char *from = p + i * size;
         const N(vm) there = N(first)(length - i);
-        if (length - i < LANES)
-            from = memcpy(rest, from, (size_t)((length - i) * size));
-        const N(vf) x = N(load)(kind, from);
+        const N(vf) x = N(load_some)(kind, p + i * size, length - i, there);
         const N(vm) finite = N(both)(there, N(below)(x, limit));
         const int64_t odd = N(number)(N(both)(there, N(unequal)(x, x)));
         t->nan += odd;
@@ -185,10 +166,96 @@ INLINE void N(empty)(N(state) *t, output *out)
     t->s1 = t->s2 = t->s3 = t->s4 = none;
 }
 
+/* The sums of at most as many columns as there are lanes, lower and upper, are added to those at `to`. */
+INLINE void N(add_up)(double *to, N(vd) lower, N(vd) upper, int64_t width)
+{
+    N(vd) both[2], more[2] = {lower, upper};
+    if (width == LANES) {
+        memcpy(both, to, sizeof both);
+        both[0] += lower, both[1] += upper;
+        memcpy(to, both, sizeof both);
+        return;
+    }
+    double each[LANES];
+    memcpy(each, more, sizeof each);
+    for (int64_t i = 0; i < width; i++)
+        to[i] += each[i];
+}
+
+/* What `slim` adds up of a matrix, in registers. */
+typedef struct {
+    N(vd) a, b, aa, bb; /* of each column, lower and upper lanes: values and squares */
+    N(vd) a3, b3, a4, b4;
+    N(vf) low, high;
+    N(vi) zeros;
+} N(lanes);
+
+/* One row of no more columns than a vector has lanes: `sum` and `square` are of its values and of their squares, not yet put together. */
+INLINE void N(slim_row)(const int kind, const char *p, int64_t width, N(vm) there, N(lanes) *l, N(vd) *sum, N(vd) *square)
+{
+    const N(vf) x = N(load_some)(kind, p, width, there);
+    const N(vd) a = N(lower)(x), b = N(upper)(x), aa = a * a, bb = b * b;
+    *sum = a + b, *square = aa + bb;
+    l->low = N(least_of)(there, x, l->low);
+    l->high = N(most_of)(there, x, l->high);
+    l->zeros = N(count_zeros)(l->zeros, x);
+    l->a += a, l->b += b, l->aa += aa, l->bb += bb;
+    l->a3 += aa * a, l->b3 += bb * b, l->a4 += aa * aa, l->b4 += bb * bb;
+}
+
+/* The first rows of a matrix of no more columns than a vector has lanes. Returns how many rows these are: all, or those before some
+   that are not all finite. */
+INLINE int64_t N(slim)(const int kind, const input *in, N(state) *t, output *out)
+{
+    const int64_t bytes = in->columns * (kind == FLOAT32 ? 4 : 2), width = in->columns;
+    const N(vm) there = N(first)(width);
+    int64_t r = 0;
+    while (r < in->rows) {
+        const int64_t count = in->rows - r < MANY_ROWS ? in->rows - r : MANY_ROWS;
+        const char *p = in->data + r * bytes;
+        double *sums = in->row_sums + r, *squares = in->row_squares + r;
+        uint64_t *hashes = in->row_hashes + r;
+        N(lanes) l = {.low = t->low, .high = t->high, .zeros = t->zero_lanes};
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) {
+            N(vd) sum[4], square[4];
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) {
+                N(slim_row)(kind, p + k * bytes, width, there, &l, &sum[k], &square[k]);
+                hashes[i + k] = hash_short(p + k * bytes, bytes, in->odd);
+            }
+            N(sums_of_four)(sum, square, sums + i, squares + i);
+            p += 4 * bytes;
+        }
+        for (; i < count; i++, p += bytes) {
+            N(vd) sum, square;
+            N(slim_row)(kind, p, width, there, &l, &sum, &square);
+            hashes[i] = hash_short(p, bytes, in->odd);
+            sums[i] = N(sum)(sum), squares[i] = N(sum)(square);
+        }
+        if (!isfinite(N(sum)(l.a + l.b))) {
+            for (i = 0; i < count; i++)
+                sums[i] = squares[i] = 0, hashes[i] = 0;
+            break;
+        }
+        N(add_up)(in->column_sums, l.a, l.b, width);
+        N(add_up)(in->column_squares, l.aa, l.bb, width);
+        t->s1 += l.a + l.b, t->s2 += l.aa + l.bb, t->s3 += l.a3 + l.b3, t->s4 += l.a4 + l.b4;
+        t->low = l.low, t->high = l.high, t->zero_lanes = l.zeros;
+        t->zeros -= count * (LANES - width); /* the lanes beside it */
+        N(empty)(t, out);
+        r += count;
+    }
+    return r;
+}
+
 INLINE void N(band)(const int kind, const int single, const int shifted, const int units, const input *in, output *out)
 {
     const int64_t size = kind == FLOAT32 ? 4 : 2, stored = in->table ? 1 : size; /* bytes as they are read, and as they lie */
-    N(state) t = {.low = N(all)(INFINITY), .high = N(all)(-INFINITY), .pilot = out->pilot};
+    N(state) t;
+    t.s1 = t.s2 = t.s3 = t.s4 = (N(vd)){0}; /* one by one: of the whole, the compiler makes a slow loop */
+    t.low = N(all)(INFINITY), t.high = N(all)(-INFINITY), t.zero_lanes = (N(vi)){0};
+    t.zeros = t.nan = t.inf = 0, t.pilot = out->pilot;
     out->s1 = out->s2 = out->s3 = out->s4 = 0;
     /* How far on what is read next lies: in the next row, or in the one that there is. */
     const int64_t next = in->rows > 1 ? in->columns : 2 * TILE;
@@ -196,15 +263,19 @@ INLINE void N(band)(const int kind, const int single, const int shifted, const i
     ALIGNED float singles[2 * TILE];
     ALIGNED float widened[TILE];
     int64_t zeros = 0; /* of one byte, counted when they are looked up */
-    for (int64_t left = 0; left < in->columns; left += TILE) {
+    int64_t done = 0;
+    if (units && !shifted && !in->table && in->columns <= LANES)
+        done = N(slim)(kind, in, &t, out);
+    for (int64_t left = 0; done < in->rows && left < in->columns; left += TILE) {
         const int64_t width = in->columns - left < TILE ? in->columns - left : TILE;
         const int64_t whole = width / LANES * LANES, padded = (width + LANES - 1) / LANES * LANES;
         int finite = 1;
         if (units) {
             memset(columns, 0, (size_t)(2 * padded) * sizeof *columns);
-            memset(singles, 0, (size_t)(2 * padded) * sizeof *singles);
+            if (single)
+                memset(singles, 0, (size_t)(2 * padded) * sizeof *singles);
         }
-        for (int64_t r = 0; r < in->rows; r++) {
+        for (int64_t r = done; r < in->rows; r++) {
             const char *stored_at = in->data + (r * in->columns + left) * stored, *p = stored_at;
             double row[2] = {0, 0};
             if (in->table) {
@@ -233,26 +304,17 @@ INLINE void N(band)(const int kind, const int single, const int shifted, const i
                     columns[i] += (double)singles[i], singles[i] = 0;
             }
         }
-        for (int64_t i = 0; units && i < width; i++) {
-            const double *c = columns + 2 * (i - i % LANES) + i % LANES;
-            in->column_sums[left + i] += c[0];
-            in->column_squares[left + i] += c[LANES];
+        for (int64_t i = 0; units && i < width; i += LANES) {
+            const int64_t many = width - i < LANES ? width - i : LANES;
+            const N(vd) *c = (const N(vd) *)(columns + 2 * i);
+            N(add_up)(in->column_sums + left + i, c[0], c[1], many);
+            N(add_up)(in->column_squares + left + i, c[2], c[3], many);
         }
     }
     N(empty)(&t, out);
-    out->low = INFINITY, out->high = -INFINITY;
-    out->zeros = t.zeros, out->nan = t.nan, out->inf = t.inf;
-    const N(vf) low = t.low, high = t.high;
-    for (int i = 0; i < LANES; i++) {
-        out->low = low[i] < out->low ? low[i] : out->low;
-        out->high = high[i] > out->high ? high[i] : out->high;
-    }
-    uint32_t counts[LANES];
-    memcpy(counts, &t.zero_lanes, sizeof counts);
-    for (int i = 0; i < LANES; i++)
-        out->zeros += counts[i];
-    if (in->table)
-        out->zeros = zeros;
+    out->low = N(lowest)(t.low), out->high = N(highest)(t.high);
+    out->zeros = in->table ? zeros : t.zeros + N(counted)(t.zero_lanes);
+    out->nan = t.nan, out->inf = t.inf;
 }
 
 /* Compiled for each combination, so that the innermost loops ask nothing. */
