@@ -167,3 +167,28 @@ def test_a_graph_written_down_for_training(p, verdict, tmp_path):
     torch.onnx.export(plain(nn.Dropout(p)), (X,), file, training=mode, do_constant_folding=False, dynamo=False)
     (tmp_path / "model.onnx").write_bytes(file.getvalue())
     assert initaudit.audit(tmp_path / "model.onnx").verdict == verdict
+
+
+class Caching(nn.Module):
+    """Keeps a table of places for the next call."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables, self.last = {}, None
+
+    def forward(self, x):
+        if len(x) not in self.tables:
+            self.tables[len(x)] = self.last = torch.arange(float(len(x)))[:, None]
+        return x + self.tables[len(x)]
+
+
+def test_nothing_without_values_is_left_in_the_module():
+    shared = nn.Linear(20, 20)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared, Caching()), nn.Sequential(shared, nn.Dropout(0.5)))
+    before = shared.weight
+    assert not drops_everything(model, (X,), {})
+    assert shared.weight is before
+    assert model[2][1].tables == {}
+    assert model[2][1].last is None
+    assert model(X).sum().backward() is None
+    assert type(shared.weight.grad) is torch.Tensor

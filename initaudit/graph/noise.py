@@ -39,28 +39,41 @@ def drops_everything(module: nn.Module, inputs: Sequence[Any], keywords: Mapping
     if not any(m.training for m in module.modules()):
         return False
     watch, fake = _Watch(), FakeTensorMode(allow_non_fake_inputs=True)
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     try:
-        with as_found(module), _plain_kept(module), silenced(), torch.no_grad():
-            given = pytree.tree_map_only(torch.Tensor, fake.from_tensor, (state, tuple(inputs), dict(keywords)))
+        with as_found(module), _kept(module), silenced(), torch.no_grad():
+            _hollow(module, fake)
+            args, named = pytree.tree_map_only(torch.Tensor, fake.from_tensor, (tuple(inputs), dict(keywords)))
             with fake, watch:
-                torch.func.functional_call(module, *given)
+                module(*args, **named)
     except Exception:  # noqa: BLE001 - a forward that wants targets in training, or more than one example
         return watch.found
     return watch.found
 
 
+def _hollow(module: nn.Module, fake: Any) -> None:
+    """Puts tensors without values in the place of parameters and buffers; the same one where one is used twice.
+
+    (torch.func.functional_call leaves them in a module that is reached by two ways.)
+    """
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            held.update({k: fake.from_tensor(v) for k, v in held.items() if v is not None})
+
+
 @contextlib.contextmanager
-def _plain_kept(module: nn.Module) -> Iterator[None]:
-    """Afterwards numbers and flags that forward keeps in its modules are as before: none of what they tell has happened."""
-    kept = [
-        (m, {k: v for k, v in vars(m).items() if isinstance(v, (bool, int, float, str, type(None)))}) for m in module.modules()
-    ]
+def _kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards everything that the modules hold is as before: flags of a first call, and what forward keeps for the next."""
+    kept = []
+    for part in module.modules():
+        own = vars(part)
+        kept.append((own, dict(own)))
+        kept += [(value, dict(value)) for value in own.values() if isinstance(value, dict)]
     try:
         yield
     finally:
-        for m, values in kept:
-            vars(m).update(values)
+        for held, before in reversed(kept):
+            held.clear()
+            held.update(before)
 
 
 class _Watch(TorchFunctionMode):
