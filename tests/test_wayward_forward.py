@@ -137,3 +137,38 @@ def test_no_gradient_is_claimed_where_the_way_to_the_output_was_not_run():
     trace = initaudit.probe.run.probe(graph, (torch.ones(4, 8, dtype=torch.bool),))
     assert trace.unknown
     assert trace.parameters == {}
+
+
+class TakesNumbers(nn.Module):
+    """An encoder whose codes are taken out of the tensor, all of them or the first few."""
+
+    def __init__(self, few):
+        super().__init__()
+        self.encoder, self.head, self.few = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 8)), nn.Linear(8, 5), few
+
+    def forward(self, x):
+        codes = self.encoder(x)
+        return self.head(codes + codes[0].sum().item() if self.few else torch.tensor(codes.tolist()))
+
+
+def test_a_forward_that_takes_many_numbers_is_run_and_not_traced_number_by_number(monkeypatch):
+    """torch.export makes a symbol of each number, at some 10 milliseconds: a batch of 256 would take 20 seconds."""
+    symbols = []
+    create = torch.fx.experimental.symbolic_shapes.ShapeEnv.create_unbacked_symfloat
+    monkeypatch.setattr(
+        torch.fx.experimental.symbolic_shapes.ShapeEnv,
+        "create_unbacked_symfloat",
+        lambda self: symbols.append(1) or create(self),
+    )
+    torch.manual_seed(0)
+    found = initaudit.audit(TakesNumbers(few=False), torch.randn(256, 20))
+    assert len(symbols) <= initaudit.graph.from_torch._NUMBERS
+    assert any("numbers out of tensors" in note for note in found.report.notes)
+    assert [(f.code, f.severity, f.tensor) for f in found.findings] == [("IA311", "error", "encoder.0.weight")]
+
+
+def test_a_forward_that_takes_few_numbers_is_traced():
+    torch.manual_seed(0)
+    found = initaudit.audit(TakesNumbers(few=True), torch.randn(32, 20))
+    assert found.report.notes == ()
+    assert found.verdict == "pass"

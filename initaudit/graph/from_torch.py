@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from initaudit.errors import UnreadableModel
@@ -22,6 +23,11 @@ from initaudit.graph.lower import ConstantKind, Constants, Lowering
 from initaudit.meter import Meter, Say, silent
 
 _PREFIX = "inner."
+# Numbers that forward takes out of tensors: torch.export makes a symbol of each, at 5 to 20 milliseconds. More are seconds of
+# waiting for what running the module shows as well: no gradient passes through a number.
+_NUMBERS = 100
+_MANY = f"forward takes more than {_NUMBERS} numbers out of tensors"
+_TAKES = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__")
 
 
 class _Flat(nn.Module):
@@ -132,7 +138,7 @@ def from_module(
                     return graph
         module.eval()
         graph = _trace(module, inputs, keywords, flat, training)
-        if graph.unused:
+        if graph.unused and not any(_MANY in note for note in graph.notes):
             # An auxiliary head that only training uses is not an unused parameter.
             module.train()
             with contextlib.suppress(UnreadableModel):
@@ -149,7 +155,7 @@ def _trace(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any]
     constants = Constants(module)
     notes: tuple[str, ...] = ()
     try:
-        with silenced():
+        with silenced(), _FewNumbers():
             program = torch.export.export(wrapped, args, strict=False)
     except UnreadableModel:
         raise
@@ -220,6 +226,21 @@ def _by_running(wrapped: nn.Module, args: tuple[Any, ...], cause: Exception) -> 
         raise UnreadableModel(
             name, f"forward cannot be traced: {_first_line(error)}", advice="give example inputs that forward accepts"
         ) from cause
+
+
+class _FewNumbers(TorchFunctionMode):
+    """Inside, forward may take so many numbers out of tensors; raises ValueError where it takes more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _TAKES and args and isinstance(args[0], torch.Tensor):
+            self.taken += args[0].numel()
+            if self.taken > _NUMBERS:
+                raise ValueError(_MANY)
+        return func(*args, **(kwargs or {}))
 
 
 def _first_line(error: BaseException) -> str:

@@ -133,8 +133,8 @@ class NoGradient(Rule):
         small: Severity = "warning" if _matrix(shapes.get(first, ())) else "info"
         return self.finding(
             f"no gradient reaches {len(missed)} trainable parameters, although forward computes with them: "
-            f"{names([first, *others])}; it does so under torch.no_grad() or inference_mode(), or goes on with .data or a "
-            "copy; they keep their values for ever",
+            f"{names([first, *others])}; it does so under torch.no_grad() or inference_mode(), or goes on with .data, a "
+            "copy or mere numbers; they keep their values for ever",
             "take that part of forward out of torch.no_grad(), or freeze its parameters with requires_grad_(False)",
             severity="error" if share > self.limit(evidence, "error") else small,
             measured=0.0,
