@@ -24,8 +24,9 @@ from torch import nn
 
 from initaudit.graph.constness import constant_nodes
 from initaudit.graph.from_torch import from_module
+from initaudit.probe.backward import backward
 from initaudit.probe.observe import SignalObserver
-from initaudit.probe.passes import Pass, backward, batch_of, cotangents
+from initaudit.probe.passes import Pass, batch_of, cotangents
 from initaudit.probe.run import probe
 
 

@@ -80,30 +80,72 @@ def memory(folder: Path, quick: bool) -> None:
     path.unlink()
 
 
+# What is measured is a process of its own: the most that it has held since the module was built, less what it held before.
+_PROBED = """
+import re, sys, torch, initaudit
+from torch import nn
+torch.set_num_threads(1)
+
+def held(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+class Gated(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.layer, self.gate = nn.Linear(n, n), nn.Parameter(torch.zeros(()))
+    def forward(self, x):
+        return x + self.gate * torch.relu(self.layer(x))
+
+class Tied(nn.Module):
+    def __init__(self, n, count):
+        super().__init__()
+        self.table, self.body = nn.Embedding(n, n), plain(n, count - 1)
+    def forward(self, x):
+        return self.body(self.table(x)) @ self.table.weight.T
+
+def plain(n, count):
+    return nn.Sequential(*(m for _ in range(count) for m in (nn.Linear(n, n), nn.ReLU())))
+
+def made(kind, n, count):
+    torch.set_default_dtype(torch.bfloat16 if "16" in kind else torch.float32)  # no float32 module comes first
+    if kind == "tied":
+        return Tied(n, count), torch.randint(n, (8, 4))  # of float32
+    module = nn.Sequential(*(Gated(n) for _ in range(count))) if "gated" in kind else plain(n, count)
+    x = torch.randn(8, n)
+    torch.set_default_dtype(torch.float32)
+    return module, x
+
+action, kind, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+run = {"audit": initaudit.audit, "pass": lambda m, x: m(x).sum().backward()}[action]
+run(*made(kind, 64, 2))  # what is imported is none of the module
+before = held("VmRSS")
+module, x = made(kind, 4096, count)
+found = run(module, x)
+assert action == "pass" or found.risk, "no probe was run"
+print((held("VmHWM") - before) / sum(p.nbytes for p in module.parameters()))
+"""
+
+
 def probe(folder: Path, quick: bool) -> None:
-    """The most that a module of a gigabyte and its probe hold, in units of the module, beside what one plain pass holds."""
-    code = (
-        "import re, sys, torch, initaudit\n"
-        "torch.set_num_threads(1)\n"
-        "held = lambda name: int(re.search(name + r':\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
-        "def made(n, count):\n"
-        "    return torch.nn.Sequential(*(m for _ in range(count) for m in (torch.nn.Linear(n, n), torch.nn.ReLU())))\n"
-        "run = {'probe': initaudit.audit, 'pass': lambda m, x: m(x).sum().backward()}[sys.argv[1]]\n"
-        "run(made(64, 2), torch.randn(8, 64))\n"  # what is imported is none of the module
-        "before = held('VmRSS')\n"
-        "model = made(4096, int(sys.argv[2]))\n"
-        "run(model, torch.randn(8, 4096))\n"
-        "print((held('VmHWM') - before) / sum(p.nbytes for p in model.parameters()))"
-    )
-    found = {}
-    for name in ("pass", "probe"):
-        command = [sys.executable, "-c", code, name, "4" if quick else "16"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-        found[name] = float(done.stdout)
-    print(
-        f"probe     held beyond a module of {0.067 * (4 if quick else 16):.1f} GB: {found['probe'] - 1:.2f} of it, by one "
-        f"forward and backward pass {found['pass'] - 1:.2f}"
-    )
+    """The most that an audit with probe of a module of a gigabyte holds, in units of the module, beside what one pass holds."""
+    count = 4 if quick else 16
+    for kind, what, layers in (
+        ("plain", "of float32", count),
+        ("tied", "with a tied table", count),
+        ("gated", "with gates of zero", count),
+        ("plain16", "of bfloat16", count * 7 // 4),
+        ("gated16", "of bfloat16, with gates of zero", count * 7 // 4),
+    ):
+        held = {}
+        for action in ("pass", "audit"):
+            command = [sys.executable, "-c", _PROBED, action, kind, str(layers)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+            held[action] = float(done.stdout)
+        size = layers * 4096**2 * (2 if "16" in kind else 4) / 1e9
+        print(
+            f"probe     {size:.1f} GB {what + ', audited and probed: peak of':52}{held['audit']:5.2f} of the module, itself "
+            f"included (one forward and backward pass: {held['pass']:.2f})"
+        )
 
 
 def jobs(folder: Path, quick: bool) -> None:

@@ -20,7 +20,8 @@ from initaudit.graph.constness import constant_nodes
 from initaudit.graph.execute import specialise
 from initaudit.graph.from_onnx import from_onnx
 from initaudit.load import load_proto
-from initaudit.probe.passes import Pass, backward, batch_of, cotangents
+from initaudit.probe.backward import backward
+from initaudit.probe.passes import Pass, batch_of, cotangents
 from initaudit.probe.run import probe
 
 # Gates of torch in the order of ONNX: i f g o -> i o f g, r z n -> z r n.

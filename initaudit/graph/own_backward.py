@@ -7,7 +7,7 @@ estimator, a surrogate gradient, a reversed one) is traced as what its forward d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,23 +57,37 @@ def _reached(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, An
     if not custom:
         return OwnBackward(frozenset(n for p, n in names.items() if p not in leaves), used)
     # What lies inside such a function (a block that is computed again, say) shows in a real backward pass only.
-    with _own_gradients(names.keys()):
+    with _own_gradients(names) as fed:
         ends = [x for x in float_tensors(module(*inputs, **keywords)) if x.requires_grad]
         torch.autograd.backward(ends, [torch.randn_like(x) for x in ends])
-        missed = frozenset(n for p, n in names.items() if p.grad is None)
-        fed = frozenset(n for p, n in names.items() if p.grad is not None and bool(p.grad.any()))
-    return OwnBackward(missed, used, fed)
+    return OwnBackward(frozenset(names.values()) - fed.keys(), used, frozenset(n for n, some in fed.items() if some))
 
 
 @contextlib.contextmanager
-def _own_gradients(parameters: Collection[nn.Parameter]) -> Iterator[None]:
-    """Inside, the parameters have no gradient; afterwards those that they had."""
-    held = [(p, p.grad) for p in parameters]
+def _own_gradients(names: Mapping[nn.Parameter, str]) -> Iterator[dict[str, bool]]:
+    """Inside, the parameters have no gradient; afterwards those that they had.
+
+    Gives a record, by name, of whether the gradient that arrived was other than zero; where it arrives in parts (from blocks
+    that are computed again), whether one of them was. Each is dropped as soon as it has been seen: together they are as large
+    as the model.
+    """
+    fed: dict[str, bool] = {}
+    held = [(p, p.grad) for p in names]
+
+    def look(p: Tensor) -> None:
+        gradient, p.grad = p.grad, None
+        if gradient is not None:
+            name = names[p]  # type: ignore[index]
+            fed[name] = fed.get(name, False) or bool(gradient.any())
+
     for p, _ in held:
         p.grad = None
+    hooks = [p.register_post_accumulate_grad_hook(look) for p, _ in held]  # type: ignore[no-untyped-call]
     try:
-        yield
+        yield fed
     finally:
+        for hook in hooks:
+            hook.remove()
         for p, grad in held:
             p.grad = grad
 

@@ -24,7 +24,8 @@ from initaudit.graph.calls import arguments, role_of
 from initaudit.graph.graph import location_of
 from initaudit.meter import Meter, Say, silent
 from initaudit.probe.axes import Axes, first_tensor, main_of
-from initaudit.probe.passes import Observer, Pass, cotangents, pushed_by_reverse, through_signals
+from initaudit.probe.backward import pushed_by_reverse, through_signals
+from initaudit.probe.passes import Observer, Pass, cotangents
 from initaudit.probe.statistics import by_example
 from initaudit.probe.trace import GramRecord, Kernel
 
@@ -137,7 +138,7 @@ class GradientSketch(Observer):
 
         drawn = {a: self._draw(run.leaves[node, a].shape, run.leaves[node, a].device) for a in leaves}
         if kind == "recurrent":
-            return _derivative(call, {**held, **others}, {a: run.leaves[node, a].detach() for a in leaves}, drawn)
+            return _derivative(call, {**held, **others}, {a: run.weights[a].detach() for a in leaves}, drawn)
         value = call({**held, **others, **drawn})
         if value is None:
             return None

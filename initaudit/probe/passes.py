@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from initaudit.errors import InitauditError
 from initaudit.graph.calls import Use, role_of, weight_uses
 from initaudit.graph.execute import Executor
 from initaudit.graph.graph import Graph
 from initaudit.probe.axes import UNKNOWN, Axes, axes_of, first_tensor, main_of
+from initaudit.probe.backward import leading
+from initaudit.probe.lending import Lending, Values, comes_and_goes
 
 
 class Missing:
@@ -25,6 +30,10 @@ class Missing:
 
 # What an operator raises on values that it cannot take; a failing node is recorded and what lies downstream is unknown.
 FAILURES = (InitauditError, RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AssertionError)
+
+
+# A consumer and the constant that it reads: a weight at one place of use.
+Site = tuple[fx.Node, fx.Node]
 
 
 class Observer:
@@ -44,7 +53,9 @@ class Observer:
 class Pass(Executor):
     """Runs `graph` in float32 with a separate leaf for every (consumer, weight) pair, and differentiates it.
 
-    `shift` maps parameters to a tensor that is added to their value (a virtual step). `observers` see every data node.
+    `shift` maps parameters to a tensor that is added to their value (a virtual step). `observers` see every data node. With
+    `lend`, constants that are not float32 as they stand, or moved, are made anew for each consumer and none is held; what
+    `shift` hands out is then written to.
     """
 
     def __init__(
@@ -55,12 +66,17 @@ class Pass(Executor):
         device: torch.device | None = None,
         shift: Mapping[str, Tensor] | None = None,
         observers: Sequence[Observer] = (),
+        lend: bool = False,
     ) -> None:
         super().__init__(graph, device=device)
         self.constant, self.shift, self.observers = constant, {} if shift is None else shift, tuple(observers)
-        self.leaves: dict[tuple[fx.Node, fx.Node], Tensor] = {}
-        self.weights: dict[fx.Node, Any] = {}
-        self.parameters: dict[str, Tensor] = {}
+        self.leaves: dict[Site, Tensor] = {}
+        self.handed: dict[Site, Tensor] = {}  # to the node that runs
+        self.inlets: dict[Site, Tensor | GradientEdge] = {}
+        self.layouts: dict[Site, tuple[torch.Size, tuple[int, ...]]] = {}
+        self.lending = Lending() if lend else None
+        self.weights: Values[fx.Node] = Values()
+        self.parameters: Values[str] = Values()
         self.axes: dict[fx.Node, Axes] = {}
         self.moves: dict[Any, Axes] = {}
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
@@ -76,18 +92,72 @@ class Pass(Executor):
         self.inputs: list[Tensor] = []
         self.upstream: set[fx.Node] = set()
         self.several = False
+        self.deaf = False  # while a gradient that observers have seen is passed on once more
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the graph on its inputs."""
+        with contextlib.nullcontext() if self.lending is None else self.lending.saving():
+            return super().run(*args, **kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The constant in float32; a trainable one as a leaf of its own."""
-        constant, key = self.source.constants[str(target)], str(target)
+        key = str(target)
         if key in self.parameters:
-            return self.parameters[key]
-        value: Tensor = single(super().get_attr(target, args, kwargs))
-        if key in self.shift:
-            value = value + self.shift[key]
-        if constant.kind == "parameter" and constant.trainable and value.is_floating_point():
+            return self.parameters[key]  # type: ignore[no-any-return]
+        value = self._made(key)
+        if self._trained(key):
             value = self.parameters[key] = value.detach().requires_grad_(True)
         return value
+
+    def _made(self, key: str) -> Tensor:
+        if self.lending is not None:
+            comes_and_goes(4 * math.prod(self.source.constants[key].shape))
+        if key in self.shift and self.lending is not None:
+            moved = self.shift[key]  # before the weight itself takes room
+            value: Tensor = super().get_attr(key, (), {})
+            return moved.add_(value if value.itemsize <= moved.itemsize else single(value))
+        value = single(super().get_attr(key, (), {}))
+        return value + self.shift[key] if key in self.shift else value
+
+    def weight_shape(self, weight: fx.Node) -> tuple[int, ...] | None:
+        """The shape of a weight of floating-point numbers; None for what is none."""
+        if weight in self.weights.lent:
+            return self.source.constants[str(weight.target)].shape
+        value = self.weights.get(weight)
+        return tuple(value.shape) if isinstance(value, Tensor) and value.is_floating_point() else None
+
+    @contextlib.contextmanager
+    def apart(self, *, unread: bool) -> Iterator[None]:
+        """Inside, a part of the backward pass is run once more, and observers do not see it; `unread` as in `Lending`."""
+        before = self.lending.unread if self.lending is not None else False
+        self.deaf = True
+        try:
+            if self.lending is not None:
+                self.lending.unread = unread
+            yield
+        finally:
+            self.deaf = False
+            if self.lending is not None:
+                self.lending.unread = before
+
+    def release(self) -> None:
+        """Lets go of autograd's graph, which through its hooks holds this pass where Python cannot see it."""
+        for held in (self.inlets, self.leaves, self.roots, self.copies, self.steep, self.inputs):
+            held.clear()
+        self.outputs = [(n, v.detach().requires_grad_(v.requires_grad)) for n, v in self.outputs]
+        self.frontier = [v.detach().requires_grad_(v.requires_grad) for v in self.frontier]
+
+    def _trained(self, key: str) -> bool:
+        constant = self.source.constants[key]
+        return constant.kind == "parameter" and constant.trainable and constant.dtype.is_floating_point
+
+    def _is_lent(self, n: fx.Node) -> bool:
+        """Whether a constant takes memory in float32 and only data nodes read it."""
+        if self.lending is None or n.op != "get_attr" or self.device is not None:
+            return False
+        constant = self.source.constants[str(n.target)]
+        made = constant.dtype.is_floating_point and (constant.dtype != torch.float32 or str(n.target) in self.shift)
+        return made and constant.kind != "buffer" and not any(u in self.constant or u.op == "output" for u in n.users)
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
         """The arguments of `n`: a weight that a data node consumes becomes a leaf of that data node."""
@@ -102,16 +172,31 @@ class Pass(Executor):
         return fx.node.map_arg(args, load)
 
     def _leaf(self, consumer: fx.Node, source: fx.Node) -> Any:
-        value = self.weights[source]
-        if not isinstance(value, Tensor):
-            return value
-        if value.requires_grad:
-            leaf = self.leaves.get((consumer, source))
-            if leaf is None:
-                leaf = self.leaves[consumer, source] = value.detach().requires_grad_(True)
-            value = leaf
+        site = consumer, source
+        if source in self.weights.lent:
+            value = self.handed[site] if site in self.handed else self._lent(site)
+        else:
+            value = self.weights[source]
+            if not isinstance(value, Tensor):
+                return value
+            if value.requires_grad:
+                if site not in self.leaves:
+                    self.leaves[site] = self.inlets[site] = value.detach().requires_grad_(True)
+                value = self.leaves[site]
         # Writing in place to a weight would change it for its other consumers.
         return value * 1 if writes(consumer) and value.is_floating_point() else value.clone() if writes(consumer) else value
+
+    def _lent(self, site: Site) -> Tensor:
+        assert self.lending is not None
+        trained = self._trained(str(site[1].target))
+        value = self.lending.lend(site, self.weights.lent[site[1]], trained=trained)
+        self.handed[site] = value
+        if trained:
+            # In the leaf's place stands its shape: one number takes no memory.
+            self.leaves[site] = value.new_zeros(()).expand(value.shape)
+            self.layouts[site] = value.size(), value.stride()
+            self.inlets[site] = get_gradient_edge(value)
+        return value
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs a node; what fails is missing from there on."""
@@ -120,8 +205,14 @@ class Pass(Executor):
         lost = next((a for a in n.all_input_nodes if a in self.missing), None)
         if lost is not None:
             # What was known just before the gap is where the gradient starts from, if no output is left.
-            self.frontier += [v for a in n.all_input_nodes if (v := first_tensor(self.env.get(a))) is not None]
+            self.frontier += self._before(n)
             self.missing[n] = f"downstream of {lost.name}"
+            return None
+        if self._is_lent(n):
+            key = str(n.target)
+            self.weights.lend(n, partial(self._made, key))
+            if self._trained(key):
+                self.parameters.lend(key, partial(self._made, key))
             return None
         try:
             with torch.set_grad_enabled(True):
@@ -129,13 +220,21 @@ class Pass(Executor):
         except FAILURES as error:
             text = " ".join(str(error).split())
             self.missing[n] = f"{type(error).__name__}: {text[:200]}"
-            self.frontier += [v for a in n.all_input_nodes if (v := first_tensor(self.env.get(a))) is not None]
+            self.frontier += self._before(n)
             return None
+        finally:
+            if self.handed:
+                self.handed.clear()
+                self.lending.returned()  # type: ignore[union-attr]
         if n in self.constant:
             self.weights[n] = value
         else:
             self._look(n, value)
         return value
+
+    def _before(self, n: fx.Node) -> list[Tensor]:
+        lent = {a: self.weights[a].requires_grad_(True) for a in n.all_input_nodes if a in self.weights.lent}
+        return [v for a in n.all_input_nodes if (v := first_tensor(lent.get(a, self.env.get(a)))) is not None]
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An input; a floating-point one can be differentiated as well."""
@@ -195,7 +294,7 @@ class Pass(Executor):
         if wanting:
 
             def hook(gradient: Tensor) -> None:
-                for observer in wanting:
+                for observer in () if self.deaf else wanting:
                     observer.gradient(self, n, gradient)
 
             signal.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -207,7 +306,7 @@ class Pass(Executor):
         elif any((n, a) in self.leaves for a in n.all_input_nodes):
             self.trained.add(n)
             # The edge, not the tensor: an operator that writes in place would take the tensor along.
-            self.roots[n] = torch.autograd.graph.get_gradient_edge(signal)
+            self.roots[n] = get_gradient_edge(signal)
             # A gradient comes back to each of several results (a recurrent layer's states), and one is seen.
             self.several |= isinstance(value, (tuple, list)) and len(value) > 1
             if self.inputs:
@@ -228,11 +327,22 @@ class Pass(Executor):
         values = [v for _, v in self.outputs] or self.frontier
         return [v for v in values if v.requires_grad and v.numel() > 0]
 
-    def parameter_gradients(self, leaf_gradients: Mapping[tuple[fx.Node, fx.Node], Tensor]) -> dict[str, Tensor]:
+    def parameter_gradients(self, leaf_gradients: Mapping[Site, Tensor]) -> dict[str, Tensor]:
         """The gradient of every parameter: that of its places of use, through whatever makes the weight out of it."""
+        return self.summed(leaf_gradients.items(), self.parameters.keys())
+
+    def summed(self, leaf_gradients: Iterable[tuple[Site, Tensor]], keys: Collection[str]) -> dict[str, Tensor]:
+        """The same of some places of use, whose weights are made of the parameters `keys` and no others."""
         sums: dict[fx.Node, Tensor] = {}
-        for (_, source), gradient in leaf_gradients.items():
-            sums[source] = gradient if source not in sums else sums[source] + gradient
+        own = set[fx.Node]()  # whose sum is nobody's gradient
+        for (_, source), gradient in leaf_gradients:
+            if source not in sums:
+                sums[source] = gradient
+            elif source in own:
+                sums[source].add_(gradient)
+            else:
+                sums[source] = sums[source] + gradient
+                own.add(source)
         found: dict[str, Tensor] = {}
         made = []
         for source, gradient in sums.items():
@@ -242,7 +352,7 @@ class Pass(Executor):
             else:
                 made.append((self.weights[source], gradient))
         if made:
-            wanted = list(self.parameters.items())
+            wanted = [(key, self.parameters[key]) for key in keys]
             start = leading([v for v, _ in made], [g for _, g in made])
             grads = torch.autograd.grad(start, [p for _, p in wanted], allow_unused=True, retain_graph=True)
             for (key, _), gradient in zip(wanted, grads, strict=True):
@@ -280,80 +390,9 @@ def cotangents(ends: Sequence[Tensor], batch: int, generator: torch.Generator, *
     return drawn
 
 
-def leading(ends: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
-    """One number whose gradient at each end is what is given for it.
-
-    To compare the shape of a gradient that it is handed, torch imports sympy, a quarter of what it takes to import itself.
-    """
-    with torch.enable_grad():
-        return torch.stack([(end * gradient).sum() for end, gradient in zip(ends, given, strict=True)]).sum()
-
-
 def batch_of(inputs: Sequence[Tensor]) -> int:
     """The number of examples: the first size of the first input that has one."""
     return next((int(x.shape[0]) for x in inputs if x.dim() > 0), 1)
-
-
-def backward(run: Pass, ends: list[Tensor], given: list[Tensor], *, keep: bool) -> dict[tuple[fx.Node, fx.Node], Tensor]:
-    """The gradient at every leaf that the outputs depend on. With `keep`, another backward pass can follow.
-
-    As in training, it ends at the first weights; `on_to_inputs` takes it from there to the inputs. Only where a way from the
-    inputs to the outputs leads past all weights, all of it is gone at once.
-    """
-    for leaf in run.leaves.values():
-        leaf.grad = None
-    wanted = [leaf for leaf in run.leaves.values() if leaf.requires_grad]
-    wanted += run.inputs if _lead_past_weights(run) else []
-    if ends and wanted:
-        torch.autograd.backward(leading(ends, given), retain_graph=keep, inputs=wanted)
-    for leaf in run.inputs:
-        leaf.grad = None
-    found = {}
-    for site, leaf in run.leaves.items():
-        if leaf.grad is not None:
-            found[site] = leaf.grad
-            leaf.grad = None
-    return found
-
-
-def _lead_past_weights(run: Pass) -> bool:
-    """Whether a way from the inputs does not lead through the one result of each first node that a weight takes part in."""
-    return run.several or any(
-        u.op == "output" or (u in run.trained and u not in run.roots) for n in run.upstream for u in n.users
-    )
-
-
-def on_to_inputs(run: Pass) -> None:
-    """Takes the gradient of a `backward` that was kept on, from the first weights to the inputs: observers see it there."""
-    starts = [n for n in run.copies if n in run.steep]
-    if starts and not _lead_past_weights(run):
-        start = leading([run.copies[n] for n in starts], [run.steep[n] for n in starts])
-        torch.autograd.grad(start, run.inputs, retain_graph=True, allow_unused=True)
-    run.steep.clear()
-    run.copies.clear()
-
-
-def through_signals(run: Pass, ends: list[Tensor], given: list[Tensor]) -> None:
-    """A backward pass along the signals alone: every observer sees its gradients, no weight's gradient is computed.
-
-    That is a third of the arithmetic of a forward and backward pass, where `backward` costs two thirds.
-    """
-    if ends and run.roots:
-        torch.autograd.grad(leading(ends, given), list(run.roots.values()), allow_unused=True)
-
-
-def pushed_by_reverse(
-    results: Sequence[Tensor], leaves: Sequence[Tensor], directions: Sequence[Tensor]
-) -> tuple[Tensor | None, ...]:
-    """What a change of the leaves along `directions` does to each result, by reverse mode taken twice; None where nothing.
-
-    Jᵀu is linear in u, so its derivative in u along v is J v. Raises what torch raises where an operator's backward pass has no
-    derivative of its own. To be called with gradients enabled.
-    """
-    weights = [torch.zeros_like(r, requires_grad=True) for r in results]
-    back = torch.autograd.grad(results, leaves, weights, create_graph=True, allow_unused=True)
-    used = [(g, v) for g, v in zip(back, directions, strict=True) if g is not None]
-    return torch.autograd.grad([g for g, _ in used], weights, [v for _, v in used], allow_unused=True)
 
 
 def kind_of(node: fx.Node) -> str:

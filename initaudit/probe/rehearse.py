@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from initaudit.graph.constness import constant_nodes
 from initaudit.graph.graph import Graph, location_of
 from initaudit.meter import Meter, Say, silent
-from initaudit.probe.passes import Observer, Pass, backward, batch_of
+from initaudit.probe.backward import backward
+from initaudit.probe.passes import Observer, Pass, batch_of
 from initaudit.probe.response import STEPS
 from initaudit.probe.run import floated, undisturbed
 from initaudit.probe.targets import targets_of

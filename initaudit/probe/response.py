@@ -19,7 +19,8 @@ from initaudit.graph.calls import role_of
 from initaudit.graph.constness import constant_nodes
 from initaudit.graph.graph import Graph
 from initaudit.meter import Meter, Say, silent
-from initaudit.probe.passes import Pass, backward, batch_of
+from initaudit.probe.backward import backward
+from initaudit.probe.passes import Pass, batch_of
 from initaudit.probe.targets import Targets, targets_of
 from initaudit.probe.trace import Response
 
@@ -50,8 +51,8 @@ def work(run: Pass) -> float:
         shape, unit = run.shapes[node], run.axes[node].unit
         places = math.prod(shape) / (shape[unit] if unit is not None and shape[unit] else 1)
         for use in uses:
-            value = run.weights.get(use.weight)
-            total += places * value.numel() if isinstance(value, Tensor) and value.dim() > 1 else 0.0
+            size = run.weight_shape(use.weight) or ()
+            total += places * math.prod(size) if len(size) > 1 else 0.0
     return total
 
 

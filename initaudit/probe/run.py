@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from initaudit.graph.calls import Use, arguments, role_of
+from initaudit.graph.calls import role_of
 from initaudit.graph.constness import completed, constant_nodes
 from initaudit.graph.graph import Graph, location_of
 from initaudit.graph.reach import upstream
 from initaudit.meter import Meter, Say, silent
+from initaudit.probe.backward import backward, on_to_inputs
 from initaudit.probe.gradients import GradientSketch
+from initaudit.probe.lending import is_large
 from initaudit.probe.measures import measures
 from initaudit.probe.observe import SignalObserver
-from initaudit.probe.passes import Observer, Pass, backward, batch_of, cotangents, on_to_inputs
+from initaudit.probe.passes import Observer, Pass, batch_of, cotangents
 from initaudit.probe.recurrence import TimeObserver
 from initaudit.probe.response import persist, respond
+from initaudit.probe.slopes import Recall, Slopes, constants_of
 from initaudit.probe.statistics import peak, power
 from initaudit.probe.targets import numbers_of
-from initaudit.probe.trace import ParameterRecord, Response, Trace, Units, WeightRecord
-from initaudit.probe.units import compare_units
+from initaudit.probe.trace import GramRecord, ParameterRecord, Response, TimeRecord, Trace, WeightRecord
 from initaudit.probe.virtual import revived
 
 # Products of equal rows may be summed in different orders.
 _ROUNDING = 1e-5
-
-Sites = Mapping[tuple[fx.Node, fx.Node], Tensor]
 
 
 def probe(
@@ -45,31 +46,24 @@ def probe(
     """
     place = None if device is None else torch.device(device)
     with undisturbed(seed, graph):
-        constant = constant_nodes(graph.fx)
-        observer = SignalObserver(graph.fx, constant)
-        sketch = GradientSketch(seed)
-        along = TimeObserver(seed)
-        run = Pass(graph, constant, device=place, observers=(_Told(observer, say, len(graph.fx.nodes)), sketch, along))
+        large = is_large(graph)
         given = floated(inputs, place)
-        run.run(*given)
-        ends, batch = run.ends(), batch_of(given)
-        drawn = cotangents(ends, batch, torch.Generator().manual_seed(seed))
-        sites = backward(run, ends, drawn, keep=True)
-        on_to_inputs(run)
-        observer.close()
-        gram = sketch.measure(run, ends, batch, seed, say)
-        norm_of, gradients = _Norms(), run.parameter_gradients(sites)
-        parameters = _parameters(graph, run, gradients, norm_of)
+        batch = batch_of(given)
+        seen = _passes(graph, given, seed, place, say, hold=not large)
+        run, observer, slopes, ends = seen.run, seen.observer, seen.slopes, seen.run.ends()
+        sizes = _Sizes(run)
+        parameters = _parameters(graph, run, slopes, sizes)
         silent = [name for name, p in parameters.items() if p.gradient_zero]
         steps = 0
         finite = bool(ends) and all(bool(torch.isfinite(v).all()) for v in ends)
         if silent and finite:
             steps = 2
-            after = revived(graph, constant, given, gradients, silent, seed, place)
+            after = revived(graph, run.constant, given, None if large else slopes.gradients, silent, seed, place)
             parameters = {n: _with_revival(p, n, after) for n, p in parameters.items()}
-        weights = tuple(_weight_records(run, sites, observer, norm_of))
+        slopes.gradients.clear()
+        weights = tuple(_weight_records(run, slopes, observer, sizes))
         say("probing: virtual steps")
-        response = respond(graph, constant, given, run, seed, place, say) if finite else ()
+        response = respond(graph, run.constant, given, run, seed, place, say) if finite else ()
         return Trace(
             batch=batch,
             signals=observer.signals,
@@ -79,14 +73,45 @@ def probe(
             first_non_finite=observer.first_non_finite,
             first_non_finite_gradient=observer.first_non_finite_gradient,
             unknown={n.name: reason for n, reason in run.missing.items()},
-            gram=gram,
+            gram=seen.gram,
             virtual_steps=steps,
-            time=tuple(along.records),
+            time=seen.time,
             measures=measures(graph, observer.signals, weights, run.outputs),
             response=response,
             numbers=numbers_of(given, batch),
             alike=_alike(given, ends, batch),
         )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is left of the passes over the network as it stands."""
+
+    run: Pass
+    observer: SignalObserver
+    slopes: Slopes
+    gram: GramRecord | None
+    time: tuple[TimeRecord, ...]
+
+
+def _passes(graph: Graph, given: Sequence[Tensor], seed: int, place: torch.device | None, say: Say, *, hold: bool) -> _Seen:
+    """One pass forward and two backward; with `hold`, the gradients of all parameters are kept."""
+    constant = constant_nodes(graph.fx)
+    observer, sketch, along, recall = SignalObserver(graph.fx, constant), GradientSketch(seed), TimeObserver(seed), Recall()
+    told = _Told(observer, say, len(graph.fx.nodes))
+    run = Pass(graph, constant, device=place, observers=(told, sketch, along, recall), lend=not hold)
+    run.run(*given)
+    ends, batch = run.ends(), batch_of(given)
+    drawn = cotangents(ends, batch, torch.Generator().manual_seed(seed))
+    slopes = Slopes(run, recall, hold=hold)
+    backward(run, ends, drawn, keep=True, take=slopes)
+    slopes.close()
+    recall.close()
+    on_to_inputs(run)
+    observer.close()
+    gram = sketch.measure(run, ends, batch, seed, say)
+    run.release()
+    return _Seen(run, observer, slopes, gram, tuple(along.records))
 
 
 def persisted(
@@ -158,33 +183,34 @@ def floated(inputs: Sequence[Tensor], device: torch.device | None) -> list[Tenso
     return [x.float() if x.is_floating_point() else x for x in moved]
 
 
-class _Norms:
-    """Frobenius norms, each taken once: a weight used in one place is its parameter, and so is its gradient."""
+class _Sizes:
+    """The norm and the largest absolute value of weights, each read once: one that is used as it stands is its parameter."""
 
-    def __init__(self) -> None:
-        self.held: dict[int, tuple[Tensor, float]] = {}
+    def __init__(self, run: Pass) -> None:
+        self.run, self.known = run, dict[str | fx.Node, tuple[float, float]]()
 
-    def __call__(self, x: Tensor) -> float:
-        known = self.held.get(id(x))
-        if known is None:
-            # The tensor is kept, so that no other one can take its id.
-            known = self.held[id(x)] = (x, power(x) ** 0.5)
-        return known[1]
+    def __call__(self, of: str | fx.Node) -> tuple[float, float]:
+        """Those of a parameter by its key, or of the weight that a node makes."""
+        key = of
+        if isinstance(of, fx.Node) and of.op == "get_attr" and str(of.target) in self.run.parameters:
+            key = str(of.target)
+        if key not in self.known:
+            value = self.run.parameters[key] if isinstance(key, str) else self.run.weights[key]
+            self.known[key] = power(value) ** 0.5, peak(value) if value.numel() else 0.0
+        return self.known[key]
 
 
-def _parameters(graph: Graph, run: Pass, gradients: Mapping[str, Tensor], norm_of: _Norms) -> dict[str, ParameterRecord]:
+def _parameters(graph: Graph, run: Pass, slopes: Slopes, sizes: _Sizes) -> dict[str, ParameterRecord]:
     hidden = _hidden(run)
     found = {}
-    for key, value in run.parameters.items():
-        constant = graph.constants[key]
-        gradient = gradients.get(key)
-        norm = None if gradient is None else norm_of(gradient)
-        # A norm of zero may be an underflow; what is not zero needs no second look.
-        zero = gradient is None or (norm == 0 and not bool(gradient.any()))
+    for key in run.parameters:
+        constant, slope = graph.constants[key], slopes.parameters.get(key)
+        zero = slope is None or slope.zero
         if key in hidden and zero:
             continue  # its way to the output was not run: nothing can be said of its gradient
+        norm = None if slope is None else slope.norm
         found[key] = ParameterRecord(
-            constant.name, constant.shape, norm_of(value), norm, zero, None if zero else 0, gradient is not None
+            constant.name, constant.shape, sizes(key)[0], norm, zero, None if zero else 0, slope is not None
         )
     return found
 
@@ -200,15 +226,15 @@ def _with_revival(record: ParameterRecord, key: str, after: Mapping[str, int | N
     return replace(record, gradient_zero=True, revived=after[key])
 
 
-def _weight_records(run: Pass, sites: Sites, observer: SignalObserver, norm_of: _Norms) -> Iterator[WeightRecord]:
+def _weight_records(run: Pass, slopes: Slopes, observer: SignalObserver, sizes: _Sizes) -> Iterator[WeightRecord]:
     for node, uses in run.uses.items():
         for use in uses:
-            value = run.weights.get(use.weight)
-            if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
+            shape = run.weight_shape(use.weight)
+            if shape is None or math.prod(shape) == 0:
                 continue
-            gradient = sites.get((node, use.weight))
-            norm = norm_of(value)
-            steep = None if gradient is None else norm_of(gradient)
+            slope = slopes.sites.get((node, use.weight))
+            norm, largest = sizes(use.weight)
+            steep = None if slope is None else slope.norm
             source = next((a for a in node.all_input_nodes if a.name in observer.signals), None)
             whole = completed(node, run.constant)
             whole = whole if whole.name in observer.signals else node
@@ -218,37 +244,16 @@ def _weight_records(run: Pass, sites: Sites, observer: SignalObserver, norm_of: 
                 weight=use.weight.name,
                 argument=use.use.argument,
                 index=use.use.index,
-                constants=_names(use.weight),
-                elements=value.numel(),
+                constants=constants_of(use.weight),
+                elements=math.prod(shape),
                 weight_norm=norm,
                 gradient_norm=steep,
                 trust_ratio=norm / steep if steep is not None and steep > 0 else None,
                 input_moment2=None if into is None else into.moment2,
                 output_moment2=None if seen is None else seen.moment2,
                 output_gradient_moment2=None if seen is None else seen.gradient_moment2,
-                units=_units(run, use, value, gradient),
-                weight_peak=peak(value),
+                units=None if slope is None else slope.units.get(use),
+                weight_peak=largest,
                 output=whole.name,
-                fan_in=use.use.fans(tuple(value.shape))[0] if len(use.use.axes) == value.dim() else None,
+                fan_in=use.use.fans(shape)[0] if len(use.use.axes) == len(shape) else None,
             )
-
-
-def _units(run: Pass, use: Use, value: Tensor, gradient: Tensor | None) -> Units | None:
-    bound = arguments(use.node)
-    bias = bound.get(use.use.bias) if use.use.bias is not None else None
-    held = run.weights.get(bias) if isinstance(bias, fx.Node) else None
-    return None if gradient is None else compare_units(value, gradient, held if isinstance(held, Tensor) else None, use.use)
-
-
-def _names(weight: fx.Node) -> tuple[str, ...]:
-    """The keys of the constants that a weight is made of."""
-    found, stack, seen = [], [weight], {weight}
-    while stack:
-        node = stack.pop()
-        if node.op == "get_attr":
-            found.append(str(node.target))
-        for a in node.all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                stack.append(a)
-    return tuple(sorted(found))

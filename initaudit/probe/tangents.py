@@ -27,7 +27,8 @@ from initaudit.graph.constness import constant_nodes
 from initaudit.graph.execute import Executor
 from initaudit.graph.graph import Graph
 from initaudit.probe.axes import first_tensor, main_of
-from initaudit.probe.passes import FAILURES, pushed_by_reverse, single, writes
+from initaudit.probe.backward import pushed_by_reverse
+from initaudit.probe.passes import FAILURES, single, writes
 from initaudit.probe.run import floated, undisturbed
 from initaudit.probe.statistics import power
 from initaudit.probe.trace import Trace
