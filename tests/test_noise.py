@@ -1,5 +1,6 @@
 """What training drops always cuts a network off; what it drops at random does not."""
 
+import functools
 import io
 
 import pytest
@@ -174,11 +175,12 @@ class Caching(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.tables, self.last = {}, None
+        self.tables, self.kept, self.last = {}, [], None
 
     def forward(self, x):
         if len(x) not in self.tables:
             self.tables[len(x)] = self.last = torch.arange(float(len(x)))[:, None]
+            self.kept.append(self.last)
         return x + self.tables[len(x)]
 
 
@@ -189,6 +191,28 @@ def test_nothing_without_values_is_left_in_the_module():
     assert not drops_everything(model, (X,), {})
     assert shared.weight is before
     assert model[2][1].tables == {}
+    assert model[2][1].kept == []
     assert model[2][1].last is None
     assert model(X).sum().backward() is None
     assert type(shared.weight.grad) is torch.Tensor
+
+
+@functools.cache
+def places(count):
+    """A table that forward shares between its calls, and with other modules."""
+    return torch.arange(float(count))
+
+
+def test_a_table_that_a_function_keeps_is_traced_as_before():
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(20, 20)
+
+        def forward(self, x):
+            return self.layer(x) + places(20)
+
+    torch.manual_seed(0)
+    audit = initaudit.audit(Placed(), X)
+    assert audit.report.notes == ()
+    assert audit.findings == ()

@@ -162,10 +162,13 @@ def _module(checkpoint: Checkpoint, module: nn.Module, config: Config, inputs: A
     home = device_of(module) or "cpu"
     inputs, keywords = pytree.tree_map_only(torch.Tensor, lambda t: t.to(home), (tuple(inputs), dict(keywords)))
     runs = config.probe and not _too_large(checkpoint, config) and not isinstance(module, ReadProgram)
-    dropping = runs and drops_everything(module, inputs, keywords)
-    graph = from_module(module, inputs, keywords, say=progress, dropping=dropping)
+    graph = from_module(module, inputs, keywords, say=progress)
     if runs:  # a program that was read has no code but its operators
-        graph = replace(graph, own=own_backward(module, inputs, keywords))
+        own = own_backward(module, inputs, keywords)
+        # Asked last: what forward keeps in caches of its own during such a call, no later trace can use.
+        if drops_everything(module, inputs, keywords):
+            graph = from_module(module, inputs, keywords, say=progress, dropping=True)
+        graph = replace(graph, own=own)
     budget = budget_of(checkpoint)
     reason = _swells(graph, budget.elements, ALL_OUTPUTS) if isinstance(module, ReadProgram) else ""
     if reason and _swells(graph, budget.shape_elements):

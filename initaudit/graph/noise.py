@@ -63,17 +63,20 @@ def _hollow(module: nn.Module, fake: Any) -> None:
 @contextlib.contextmanager
 def _kept(module: nn.Module) -> Iterator[None]:
     """Afterwards everything that the modules hold is as before: flags of a first call, and what forward keeps for the next."""
-    kept = []
+    kept, lists = [], []
     for part in module.modules():
         own = vars(part)
         kept.append((own, dict(own)))
         kept += [(value, dict(value)) for value in own.values() if isinstance(value, dict)]
+        lists += [(value, list(value)) for value in own.values() if isinstance(value, list)]
     try:
         yield
     finally:
         for held, before in reversed(kept):
             held.clear()
             held.update(before)
+        for items, as_before in lists:
+            items[:] = as_before
 
 
 class _Watch(TorchFunctionMode):
