@@ -15,7 +15,7 @@ from initaudit.probe.run import probe
 
 STATUS = Path("/proc/self/status")
 
-# Each weight is a fourteenth of its module or less: one of them in float32 and its gradient are no more than a third.
+# Each weight in float32 is a fourteenth of its module or less: it and its gradient are no more than a third.
 WHOLE = """
 import re, sys, torch, initaudit
 from torch import nn
@@ -49,7 +49,7 @@ def made(kind, n, count):
 kind = sys.argv[1]
 initaudit.audit(*made(kind, 64, 2))
 before = held("VmRSS")
-module, x = made(kind, 2048, 28 if "16" in kind else 16)
+module, x = made(kind, 2048, 28 if "16" in kind else 20)
 assert initaudit.audit(module, x).risk, "no probe was run"
 print((held("VmHWM") - before) / sum(p.nbytes for p in module.parameters()))
 """
