@@ -22,13 +22,22 @@ from initaudit.graph.graph import Graph
 
 # Bytes of trainable weights in float32 from which memory counts: below it time does, and everything is held.
 LARGE = 1 << 26
-_TRIM = 1 << 25  # bytes
+_TRIM, _TRIMMED = 1 << 25, 1 << 28  # bytes; of the weights below the second, trimming took a tenth of the probe's time
 K = TypeVar("K")
 
 
 def is_large(graph: Graph) -> bool:
     """Whether the weights of a graph are so many that no second copy of all of them should be held."""
-    return 4 * sum(math.prod(c.shape) for c in graph.constants.values() if c.kind == "parameter") >= LARGE
+    return _size(graph) >= LARGE
+
+
+def is_trimmed(graph: Graph) -> bool:
+    """Whether they are so many that freed memory is worth the time in which it is given back and fetched again."""
+    return _size(graph) >= _TRIMMED
+
+
+def _size(graph: Graph) -> int:
+    return 4 * sum(math.prod(c.shape) for c in graph.constants.values() if c.kind == "parameter")
 
 
 class _Heap:

@@ -18,7 +18,7 @@ from initaudit.graph.execute import Executor
 from initaudit.graph.graph import Graph
 from initaudit.probe.axes import UNKNOWN, Axes, axes_of, first_tensor, main_of
 from initaudit.probe.backward import leading
-from initaudit.probe.lending import Lending, Values, comes_and_goes
+from initaudit.probe.lending import Lending, Values, comes_and_goes, is_trimmed
 
 
 class Missing:
@@ -74,7 +74,7 @@ class Pass(Executor):
         self.handed: dict[Site, Tensor] = {}  # to the node that runs
         self.inlets: dict[Site, Tensor | GradientEdge] = {}
         self.layouts: dict[Site, tuple[torch.Size, tuple[int, ...]]] = {}
-        self.lending = Lending() if lend else None
+        self.lending, self.trims = Lending() if lend else None, lend and is_trimmed(graph)
         self.weights: Values[fx.Node] = Values()
         self.parameters: Values[str] = Values()
         self.axes: dict[fx.Node, Axes] = {}
@@ -110,7 +110,7 @@ class Pass(Executor):
         return value
 
     def _made(self, key: str) -> Tensor:
-        if self.lending is not None:
+        if self.trims:
             comes_and_goes(4 * math.prod(self.source.constants[key].shape))
         if key in self.shift and self.lending is not None:
             moved = self.shift[key]  # before the weight itself takes room

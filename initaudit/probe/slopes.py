@@ -158,7 +158,7 @@ class Sums:
     def __call__(self, site: Site, gradient: Tensor) -> None:
         """One gradient."""
         group = self.groups[site]
-        if self.run.lending is not None:
+        if self.run.trims:
             comes_and_goes(gradient.nbytes)
         if group.plain:
             self.note(str(site[1].target), gradient, group)
