@@ -89,16 +89,14 @@ def respond(
 def persist(
     graph: Graph, inputs: Sequence[Tensor], seed: int, device: torch.device | None, say: Say = silent
 ) -> Response | None:
-    """Many more steps of Adam on the task that `respond` sets; None where they would cost too much.
+    """Many more steps of Adam on the task that `respond` set: twice as many as it could afford. None without a task.
 
     Twenty steps tell networks apart that were asked for the same. What a network is by design can ask for more of them: its
     branches begin closed, or its symmetries make a task of memory a hard one.
     """
     constant = constant_nodes(graph.fx)
-    seen, batch = Pass(graph, constant, device=device), batch_of(inputs)
+    seen = Pass(graph, constant, device=device)
     seen.run(*inputs)
-    if _LONG * work(seen) * min(1, _EXAMPLES / batch) > _MOST:
-        return None
     task, (optimizer, rate) = _task(graph, constant, inputs, seen, seed, device), _LONG_RATE
     if task is None:
         return None
