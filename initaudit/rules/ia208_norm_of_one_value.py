@@ -41,12 +41,12 @@ class NormOfOneValue(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """One finding for all norms of this kind."""
-        from initaudit.graph.calls import role_of
-        from initaudit.graph.graph import location_of
-
         graph = evidence.graph
         if graph is None or evidence.trace is None or not initial(evidence):
             return
+        from initaudit.graph.calls import role_of  # with torch, which only a trace has loaded
+        from initaudit.graph.graph import location_of
+
         found = [n for n in graph.fx.nodes if n.op == "call_function" and _averages_one(n, _shape(evidence, n))]
         behind = upstream(n for n in graph.fx.nodes if n.op == "output")
         found = [n for n in found if n in behind and any(a.op == "placeholder" for a in upstream([n]))]

@@ -43,11 +43,11 @@ class Untrainable(Rule):
 
     def check(self, evidence: Evidence) -> Iterator[Finding]:
         """At most one finding."""
-        from initaudit.probe.features import learnt_later
-
         risk, trace = evidence.risk, evidence.trace
         if risk is None or trace is None or "unlearnt_sgd" not in risk.features or not initial(evidence):
             return
+        from initaudit.probe.features import learnt_later  # with torch, which only a trace has loaded
+
         if learnt_later(trace) is not None:
             return
         least = min(risk.untrainable_sgd, risk.untrainable_adam)
