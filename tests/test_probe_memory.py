@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_own_backward import Sign
 from torch import nn
 
 from initaudit.graph.from_torch import from_module
@@ -176,22 +177,10 @@ def test_some_of_these_networks_take_virtual_steps_and_revive():
     assert revived == {0, 1, 2, None}
 
 
-class Straight(torch.autograd.Function):
-    """An operator with a backward pass of its own, for which the module's own one is run."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
 def test_the_modules_own_backward_pass_holds_one_gradient_at_a_time():
     class Net(nn.Sequential):
         def forward(self, x):
-            return Straight.apply(super().forward(x))
+            return Sign.apply(super().forward(x))
 
     net = Net(*(nn.Linear(8, 8) for _ in range(4)))
     most = []

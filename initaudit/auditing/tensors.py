@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeVar
 
 from initaudit.errors import InitauditError
 from initaudit.load.checkpoint import Array, Checkpoint, Problem, numpy_dtype
 from initaudit.load.stretches import Stretch, stretches
 from initaudit.measure.moments import Moments, measure
 from initaudit.measure.together import measure_together
-from initaudit.measure.units import UnitSums
 from initaudit.meter import Meter
 from initaudit.rules.evidence import LayerEvidence
+
+if TYPE_CHECKING:
+    from initaudit.auditing.recognition import Known
 
 _Look = tuple[Moments | InitauditError, LayerEvidence | None]
 _Item = TypeVar("_Item")
@@ -69,7 +69,7 @@ def survey_all(checkpoint: Checkpoint, progress: Callable[[str], None], jobs: in
 
     Small tensors that lie near each other in a file are read and measured together, the others side by side.
     """
-    from initaudit.auditing.recognition import Known, surveyed
+    from initaudit.auditing.recognition import surveyed
     from initaudit.auditing.static import named_layer
     from initaudit.graph.from_names import infer
 
@@ -101,7 +101,7 @@ def survey_all(checkpoint: Checkpoint, progress: Callable[[str], None], jobs: in
     return _found(seen, names)
 
 
-def _measured_together(stretch: Stretch) -> Iterator[tuple[np.ndarray[Any, Any], Moments, UnitSums | None] | None]:
+def _measured_together(stretch: Stretch) -> Iterator[Known | None]:
     """What is known of each tensor of a stretch; None where its bytes cannot be read, which each then says for itself."""
     try:
         data = stretch.read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,5 @@ def _stretch(group: list[tuple[Span, str, tuple[int, ...]]], dtype: str) -> Iter
 
 
 def _as_rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    rows, columns = (shape[0] if shape else 1), 1
-    for size in shape[1:]:
-        columns *= size
+    rows, columns = math.prod(shape[:1]), math.prod(shape[1:])
     return (rows, columns) if rows > 1 and columns > 1 else (1, rows * columns)

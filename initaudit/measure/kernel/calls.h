@@ -29,14 +29,20 @@ static void of_bytes(input *in, const uint16_t *table)
     }
 }
 
+/* Whether there can be a matrix of this shape: then no product with the size of an element leaves its type. */
+static int possible(int64_t rows, int64_t columns)
+{
+    return rows >= 0 && columns >= 0 && rows <= limit && columns <= limit && (!columns || rows <= (limit >> 8) / columns);
+}
+
 static int pass_arguments(PyObject *args, input *in, Py_buffer views[4], int *used, int *level)
 {
     Py_ssize_t rows, columns, top, all;
     PyObject *data, *table, *odd, *sums;
     if (!PyArg_ParseTuple(args, "iOnnOOOnni", &in->kind, &data, &rows, &columns, &table, &odd, &sums, &top, &all, level))
         return 0;
-    if (in->kind < FLOAT32 || in->kind > BYTE || rows < 0 || columns < 0 || top < 0 || all < rows || top > all - rows ||
-        all > limit || columns > limit || (columns && rows > (limit >> 8) / columns)) {
+    if (in->kind < FLOAT32 || in->kind > BYTE || !possible(rows, columns) || top < 0 || all < rows || top > all - rows ||
+        all > limit) {
         PyErr_SetString(PyExc_ValueError, "an unknown kind or an impossible shape");
         return 0;
     }
@@ -107,8 +113,7 @@ static int places_fit(const place *at, int64_t count, int64_t size, int64_t byte
 {
     for (; count > 0; count--, at++) {
         const int64_t rows = at->rows, columns = at->columns;
-        if (rows < 0 || columns < 0 || rows > limit || columns > limit || (columns && rows > (limit >> 8) / columns) ||
-            at->offset < 0 || at->offset > bytes || rows * columns * size > bytes - at->offset)
+        if (!possible(rows, columns) || at->offset < 0 || at->offset > bytes || rows * columns * size > bytes - at->offset)
             return 0;
         const int64_t needed = sums_of(at);
         if (needed > room || (needed && columns * size > reach * 8))

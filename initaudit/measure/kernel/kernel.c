@@ -63,24 +63,9 @@ typedef struct {
     int64_t zeros, nan, inf;
 } output;
 
-/* The sum of words times odd numbers modulo 2^64, as in initaudit/measure/symmetry.py; a last piece of a word ends in zeros. */
-INLINE uint64_t hash(const char *p, int64_t bytes, const uint64_t *odd)
-{
-    uint64_t total = 0, word = 0;
-    const int64_t whole = bytes / 8;
-    for (int64_t i = 0; i < whole; i++) {
-        memcpy(&word, p + 8 * i, 8);
-        total += (word ^ (word >> 32)) * odd[i];
-    }
-    if (bytes % 8) {
-        word = 0;
-        memcpy(&word, p + 8 * whole, (size_t)(bytes % 8));
-        total += (word ^ (word >> 32)) * odd[whole];
-    }
-    return total;
-}
+/* The sum of words times odd numbers modulo 2^64, as in initaudit/measure/hashes.py; a last piece of a word ends in zeros.
 
-/* The same of a row of a few words, where vectors take longer to set up than they save. */
+   Of few words, where vectors take longer to set up than they save. */
 INLINE uint64_t hash_short(const char *p, int64_t bytes, const uint64_t *odd)
 {
     uint64_t total = 0, word;
@@ -104,6 +89,18 @@ INLINE uint64_t hash_short(const char *p, int64_t bytes, const uint64_t *odd)
     if (bytes & 1)
         word |= (uint64_t)(unsigned char)*p << shift;
     return total + (word ^ (word >> 32)) * *odd;
+}
+
+/* The same of a row of many words. */
+INLINE uint64_t hash(const char *p, int64_t bytes, const uint64_t *odd)
+{
+    uint64_t total = 0, word;
+    const int64_t whole = bytes / 8;
+    for (int64_t i = 0; i < whole; i++) {
+        memcpy(&word, p + 8 * i, 8);
+        total += (word ^ (word >> 32)) * odd[i];
+    }
+    return total + hash_short(p + 8 * whole, bytes % 8, odd + whole);
 }
 
 static int64_t look_up(float *to, const uint8_t *from, int64_t n, int64_t next, const uint16_t *table)

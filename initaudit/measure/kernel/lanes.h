@@ -183,10 +183,7 @@ INLINE float N(lowest)(N(vf) x)
     return found;
 }
 INLINE float N(highest)(N(vf) x) { return -N(lowest)(-x); }
-#endif
-
-#if LANES < 16 /* there are no loads of a part of a vector of 16 bits */
-/* The first n values, those that `there` tells, and zeros. */
+/* There are no loads of a part of a vector of 16 bits. The first n values, those that `there` tells, and zeros. */
 INLINE N(vf) N(load_some)(const int kind, const char *p, int64_t n, N(vm) there)
 {
     char rest[4 * LANES] = {0};
