@@ -111,6 +111,20 @@ def test_places_that_lie_outside_are_refused(kernel, change):
         kernel.measure_many(*(MANY | change).values())
 
 
+def test_the_sums_of_each_start_where_those_before_it_end(kernel):
+    starts = np.empty(4, np.int64)
+    assert kernel.lay_out(np.array([[0, 4, 3], [9, 1, 7], [2, 5, 2], [0, 0, 0]], np.int64), starts) == 18 + 0 + 19 + 0
+    assert starts.tolist() == [0, 18, 18, 37]
+
+
+@pytest.mark.parametrize("shape", [(-1, 2), (2, -1), (2**41, 0), (2**40, 2**40), (2**63 - 1, 2)])
+def test_impossible_shapes_have_no_sums(kernel, shape):
+    with pytest.raises(ValueError):
+        kernel.lay_out(np.array([[0, 2, 2], [0, *shape]], np.int64), np.empty(2, np.int64))
+    with pytest.raises(ValueError):
+        kernel.lay_out(np.array([[0, 2, 2]] * 2, np.int64), np.empty(1, np.int64))
+
+
 def test_nothing_is_written_beside_the_sums_of_many(kernel):
     room, numbers, counts = np.full(64, 7.0), np.full(50, 7.0), np.full(44, 7, np.int64)
     own = {"sums": room[16:-16], "numbers": numbers[16:-16], "counts": counts[16:-16]}

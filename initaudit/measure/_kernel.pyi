@@ -22,6 +22,7 @@ def measure(
     level: int,
     /,
 ) -> tuple[int, float, float, float, float, float, float, int, int, int]: ...
+def lay_out(places: Array, starts: Array, /) -> int: ...
 def measure_many(
     kind: int,
     data: Array,

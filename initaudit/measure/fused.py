@@ -23,7 +23,7 @@ else:
         from initaudit.measure import _kernel as kernel
     except ImportError:
         kernel = None
-    if getattr(kernel, "VERSION", None) != 3:  # what a working copy built before its sources were changed
+    if getattr(kernel, "VERSION", None) != 4:  # what a working copy built before its sources were changed
         kernel = None
 
 Vector = np.ndarray[Any, Any]
@@ -77,16 +77,17 @@ def moments_of(line: Vector, reader: Reader) -> Found:
     return kernel.measure(reader.kind, line.view(reader.raw), 1, line.size, reader.table, None, None, 0, 1, level)
 
 
-def measure_many(data: Vector, reader: Reader, places: Vector, sums: Vector) -> tuple[Vector, Vector]:
+def measure_many(data: Vector, reader: Reader, places: Vector) -> tuple[Vector, Vector, Vector, Vector]:
     """The moments of tensors that lie in the same bytes `data`: numbers and counts of each, as `measure.together` has them.
 
-    `places` (tensors, 3) are where each begins and its rows and columns, of int64. The sums of those of several rows and
-    columns are put into `sums` one after another, in the order of `new_sums`.
+    `places` (tensors, 3) are where each begins and its rows and columns, of int64. Then come the sums of those of several rows
+    and columns, one after another in the order of `new_sums`, and where those of each tensor start.
     """
-    numbers, counts = np.empty((len(places), 6)), np.empty((len(places), 4), np.int64)
+    numbers, counts, starts = np.empty((len(places), 6)), np.empty((len(places), 4), np.int64), np.empty(len(places), np.int64)
+    sums = np.empty(kernel.lay_out(places, starts))
     odd = factors(int(places[:, 2].max(initial=0)) * reader.native.itemsize)
     kernel.measure_many(reader.kind, data, reader.table, odd, places, numbers, counts, sums, level)
-    return numbers, counts
+    return numbers, counts, sums, starts
 
 
 def survey(line: Vector) -> tuple[float, float, float, float] | None:

@@ -49,13 +49,13 @@ def measure_together(data: Vector, dtype: np.dtype[Any], places: Vector) -> Toge
 
     Raises ValueError where one does not lie within the bytes, and TypeError for a dtype that is not of real numbers.
     """
+    reader = fused.reader_of(dtype)
+    if reader is not None:
+        return Together(places, *fused.measure_many(data, reader, places))
     rows, columns = places[:, 1], places[:, 2]
     room = np.where((rows > 1) & (columns > 1), 3 * rows + 2 * columns, 0)
     ends = np.cumsum(room)
-    sums, starts = np.empty(int(ends[-1]) if len(ends) else 0), ends - room
-    reader = fused.reader_of(dtype)
-    if reader is not None:
-        return Together(places, *fused.measure_many(data, reader, places, sums), sums, starts)
+    sums, starts = np.empty(int(room.sum())), ends - room
     numbers, counts = np.empty((len(places), 6)), np.empty((len(places), 4), np.int64)
     for i, (offset, height, width) in enumerate(places.tolist()):
         matrix = np.frombuffer(data, dtype, height * width, offset).reshape(height, width)

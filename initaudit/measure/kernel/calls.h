@@ -123,6 +123,32 @@ static int places_fit(const place *at, int64_t count, int64_t size, int64_t byte
     return 1;
 }
 
+/* Where the sums of each of several tensors begin, in `starts`, and how many there are of all. */
+static PyObject *kernel_lay_out(PyObject *self, PyObject *args)
+{
+    (void)self;
+    PyObject *places, *starts, *found = NULL;
+    Py_buffer views[2];
+    int used = 0;
+    if (!PyArg_ParseTuple(args, "OO", &places, &starts))
+        return NULL;
+    if (take(places, &views[0], PyBUF_SIMPLE, 0, 8, "places") && ++used) {
+        const place *at = views[0].buf;
+        const int64_t count = views[0].len / (int64_t)sizeof *at;
+        if (take(starts, &views[1], PyBUF_WRITABLE, count * 8, 8, "starts") && ++used) {
+            int64_t *start = views[1].buf, room = 0, i = 0;
+            for (; i < count && room <= limit && possible(at[i].rows, at[i].columns); i++)
+                start[i] = room, room += sums_of(&at[i]);
+            found = i == count ? PyLong_FromLongLong(room) : NULL;
+            if (!found)
+                PyErr_SetString(PyExc_ValueError, "an impossible shape");
+        }
+    }
+    while (used)
+        PyBuffer_Release(&views[--used]);
+    return found;
+}
+
 /* Each of several tensors; its sums follow those of the one before. */
 static void measure_each(const input *as, const char *data, const place *at, int64_t count, passer *pass, double *numbers,
                          int64_t *counts, double *sums)
@@ -134,7 +160,7 @@ static void measure_each(const input *as, const char *data, const place *at, int
         in.data = data + at[i].offset, in.rows = rows, in.columns = columns;
         in.row_sums = NULL;
         if (room) {
-            memset(sums, 0, (size_t)room * sizeof *sums);
+            memset(sums + 3 * rows, 0, (size_t)(2 * columns) * sizeof *sums); /* what is added to; rows are written */
             in.row_sums = sums, in.row_squares = sums + rows, in.row_hashes = (uint64_t *)(sums + 2 * rows);
             in.column_sums = sums + 3 * rows, in.column_squares = in.column_sums + columns;
             sums += room;

@@ -25,7 +25,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define ALIGNED __attribute__((aligned(64)))
 
-enum { VERSION = 3 }; /* of the functions: as in initaudit/measure/fused.py, which leaves one of another version alone */
+enum { VERSION = 4 }; /* of the functions: as in initaudit/measure/fused.py, which leaves one of another version alone */
 enum { FLOAT32, BFLOAT16, FLOAT16, BYTE };
 enum {
     TILE = 1024,   /* columns whose sums stay in a first-level cache: 16 KiB of them */
@@ -243,10 +243,10 @@ static float rounded(const input *in, double mean)
 /* Whether the mean of what was measured is too far from the pilot; then there is a better one. */
 static int better_pilot(const input *in, output *out)
 {
-    const double n = (double)(in->rows * in->columns - out->nan - out->inf), e = out->s1 / n, pilot = out->pilot;
-    if (!(out->low < out->high) || e * e <= FAR * FAR * (out->s2 / n - e * e))
+    const double n = (double)(in->rows * in->columns - out->nan - out->inf), pilot = out->pilot, square = out->s1 * out->s1;
+    if (!(out->low < out->high) || square <= FAR * FAR * (out->s2 * n - square))
         return 0;
-    out->pilot = rounded(in, out->pilot + e);
+    out->pilot = rounded(in, out->pilot + out->s1 / n);
     return out->pilot != pilot;
 }
 
@@ -297,6 +297,7 @@ static void central(const input *in, const output *out, double numbers[6], int64
 
 static PyMethodDef methods[] = {
     {"measure", kernel_measure, METH_VARARGS, "See _kernel.pyi."},
+    {"lay_out", kernel_lay_out, METH_VARARGS, "See _kernel.pyi."},
     {"measure_many", kernel_measure_many, METH_VARARGS, "See _kernel.pyi."},
     {"gather", kernel_gather, METH_VARARGS, "See _kernel.pyi."},
     {"krylov", kernel_krylov, METH_VARARGS, "See _kernel.pyi."},

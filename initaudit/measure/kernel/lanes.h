@@ -159,12 +159,17 @@ INLINE N(vf) N(load)(const int kind, const char *p)
 
 INLINE int64_t N(counted)(N(vi) counts)
 {
+#if LANES == 16
+    const __m512i odd = _mm512_srli_epi64(counts, 32), even = _mm512_maskz_mov_epi32(0x5555, counts);
+    return _mm512_reduce_add_epi64(_mm512_add_epi64(odd, even));
+#else
     uint32_t each[LANES];
     int64_t total = 0;
     memcpy(each, &counts, sizeof each);
     for (int i = 0; i < LANES; i++)
         total += each[i];
     return total;
+#endif
 }
 
 #if LANES < 16

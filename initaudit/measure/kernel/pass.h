@@ -205,9 +205,9 @@ INLINE void N(slim_row)(const int kind, const char *p, int64_t width, N(vm) ther
 
 /* The first rows of a matrix of no more columns than a vector has lanes. Returns how many rows these are: all, or those before some
    that are not all finite. */
-INLINE int64_t N(slim)(const int kind, const input *in, N(state) *t, output *out)
+INLINE int64_t N(slim)(const int kind, const int64_t width, const input *in, N(state) *t, output *out)
 {
-    const int64_t bytes = in->columns * (kind == FLOAT32 ? 4 : 2), width = in->columns;
+    const int64_t bytes = width * (kind == FLOAT32 ? 4 : 2);
     const N(vm) there = N(first)(width);
     int64_t r = 0;
     while (r < in->rows) {
@@ -233,17 +233,14 @@ INLINE int64_t N(slim)(const int kind, const input *in, N(state) *t, output *out
             hashes[i] = hash_short(p, bytes, in->odd);
             sums[i] = N(sum)(sum), squares[i] = N(sum)(square);
         }
-        if (!isfinite(N(sum)(l.a + l.b))) {
-            for (i = 0; i < count; i++)
-                sums[i] = squares[i] = 0, hashes[i] = 0;
+        const double total = N(sum)(l.a + l.b);
+        if (!isfinite(total))
             break;
-        }
         N(add_up)(in->column_sums, l.a, l.b, width);
         N(add_up)(in->column_squares, l.aa, l.bb, width);
-        t->s1 += l.a + l.b, t->s2 += l.aa + l.bb, t->s3 += l.a3 + l.b3, t->s4 += l.a4 + l.b4;
+        out->s1 += total, out->s2 += N(sum)(l.aa + l.bb), out->s3 += N(sum)(l.a3 + l.b3), out->s4 += N(sum)(l.a4 + l.b4);
         t->low = l.low, t->high = l.high, t->zero_lanes = l.zeros;
         t->zeros -= count * (LANES - width); /* the lanes beside it */
-        N(empty)(t, out);
         r += count;
     }
     return r;
@@ -265,7 +262,7 @@ INLINE void N(band)(const int kind, const int single, const int shifted, const i
     int64_t zeros = 0; /* of one byte, counted when they are looked up */
     int64_t done = 0;
     if (units && !shifted && !in->table && in->columns <= LANES)
-        done = N(slim)(kind, in, &t, out);
+        done = in->columns == LANES ? N(slim)(kind, LANES, in, &t, out) : N(slim)(kind, in->columns, in, &t, out);
     for (int64_t left = 0; done < in->rows && left < in->columns; left += TILE) {
         const int64_t width = in->columns - left < TILE ? in->columns - left : TILE;
         const int64_t whole = width / LANES * LANES, padded = (width + LANES - 1) / LANES * LANES;
@@ -293,9 +290,10 @@ INLINE void N(band)(const int kind, const int single, const int shifted, const i
                     finite &= N(masked)(kind, p + whole * size, width - whole, &t, units ? columns + 2 * whole : NULL, row);
             }
             if (units) {
-                in->row_sums[r] += row[0];
-                in->row_squares[r] += row[1];
-                in->row_hashes[r] += hash(stored_at, width * stored, in->odd + left * stored / 8);
+                const uint64_t found = hash(stored_at, width * stored, in->odd + left * stored / 8);
+                in->row_sums[r] = row[0] + (left ? in->row_sums[r] : 0);
+                in->row_squares[r] = row[1] + (left ? in->row_squares[r] : 0);
+                in->row_hashes[r] = found + (left ? in->row_hashes[r] : 0);
             }
             if (r % MANY_ROWS == MANY_ROWS - 1)
                 N(empty)(&t, out);
@@ -311,7 +309,8 @@ INLINE void N(band)(const int kind, const int single, const int shifted, const i
             N(add_up)(in->column_squares + left + i, c[2], c[3], many);
         }
     }
-    N(empty)(&t, out);
+    if (done < in->rows)
+        N(empty)(&t, out);
     out->low = N(lowest)(t.low), out->high = N(highest)(t.high);
     out->zeros = in->table ? zeros : t.zeros + N(counted)(t.zero_lanes);
     out->nan = t.nan, out->inf = t.inf;
