@@ -19,7 +19,7 @@ from initaudit.probe.rehearse import rehearse
 from initaudit.probe.run import persisted, probe
 from initaudit.probe.tangents import forward_gains
 from initaudit.probe.trace import Trace
-from initaudit.probe.verdict import Risk, judge, seems_untrainable
+from initaudit.probe.verdict import Risk, judge, may_follow, seems_untrainable
 
 # What a graph does with inputs that nobody promised to fit is the graph's matter: said, not raised.
 _FAILURES = (InitauditError, RuntimeError, ValueError, TypeError, IndexError, MemoryError)
@@ -67,7 +67,9 @@ def probed(
                 trace = replace(trace, forward=forward_gains(graph, inputs, trace, seed=config.seed, device=device))
             risks = [judge(graph, trace)]
             if seems_untrainable(trace, risks[0]):
-                trace = replace(trace, persisted=persisted(graph, inputs, seed=config.seed, device=device, say=say))
+                follow = may_follow(risks[0])
+                later = persisted(graph, inputs, seed=config.seed, device=device, say=say, follow=follow)
+                trace = replace(trace, persisted=later)
             for seed in range(config.seed + 1, config.seed + config.probe_seeds):
                 batch = _redrawn(inputs, seed) if synthetic else inputs
                 risks.append(judge(graph, probe(graph, batch, seed=seed, device=device, say=say)))
@@ -120,9 +122,10 @@ def predicted(graph: Graph, budget: Budget) -> Prediction | None:
 def summary(trace: Trace) -> Iterator[str]:
     """What a rehearsal came to, a line an optimizer; and what further virtual steps did."""
     if (later := learnt_later(trace)) is not None:
+        learnt = "their task" if later.task == "memory" else "to be what the network is with other weights"
         yield (
             "the risk of not learning is what the first virtual steps say; "
-            f"{len(later.losses) - 1} steps of {later.optimizer} at {later.rate:g} learnt their task"
+            f"{len(later.losses) - 1} steps of {later.optimizer} at {later.rate:g} learnt {learnt}"
         )
     rehearsal = trace.rehearsal
     if rehearsal is None:

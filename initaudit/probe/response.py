@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 
 from initaudit.graph.calls import role_of
-from initaudit.graph.constness import constant_nodes
 from initaudit.graph.graph import Graph
 from initaudit.meter import Meter, Say, silent
 from initaudit.probe.backward import backward
@@ -29,8 +28,6 @@ RATES = (("sgd", 0.03), ("sgd", 0.3), ("sgd", 0.003), ("adam", 3e-3), ("adam", 3
 STEPS = 20
 LEARNT = 0.5  # of the loss of guessing: what has come so far needs no further steps
 _MOMENTUM, _BETA1, _BETA2, _EPSILON = 0.9, 0.9, 0.999, 1e-8
-# So many steps had the networks whose training tells what a risk is (docs/trainability.md): one that learns within them learns.
-_LONG, _LONG_RATE = 200, ("adam", 3e-3)
 # Multiplications of all forward passes together: some seconds of one core at the very most, a part of one as a rule.
 _MOST = 3e10
 _CALL = 7e5  # some 50 microseconds
@@ -74,47 +71,29 @@ def respond(
         return ()  # a loop of a stranger's graph is run once and not a hundred times
     if batch < _LEAST or not seen.parameters or len(RATES) * STEPS * work(seen) * min(1, _EXAMPLES / batch) > _MOST:
         return ()
-    task = _task(graph, constant, inputs, seen, seed, device)
+    task = task_on(graph, constant, inputs, seen, seed, device)
     if task is None:
         return ()
     found: list[Response] = []
     meter = Meter(say, "probing: virtual steps with", "steps", len(RATES) * STEPS)
     for optimizer, rate in RATES:
         if not any(r.optimizer == optimizer and r.losses[-1] < LEARNT for r in found):
-            found.append(Response(optimizer, rate, tuple(_descend(task, optimizer, rate))))
+            found.append(Response(optimizer, rate, tuple(descend(task, optimizer, rate))))
         meter(f"{optimizer} at {rate:g}", STEPS)
     return tuple(found)
 
 
-def persist(
-    graph: Graph, inputs: Sequence[Tensor], seed: int, device: torch.device | None, say: Say = silent
-) -> Response | None:
-    """Many more steps of Adam on the task that `respond` set: twice as many as it could afford. None without a task.
-
-    Twenty steps tell networks apart that were asked for the same. What a network is by design can ask for more of them: its
-    branches begin closed, or its symmetries make a task of memory a hard one.
-    """
-    constant = constant_nodes(graph.fx)
-    seen = Pass(graph, constant, device=device)
-    seen.run(*inputs)
-    task, (optimizer, rate) = _task(graph, constant, inputs, seen, seed, device), _LONG_RATE
-    if task is None:
-        return None
-    say(f"probing: {_LONG} virtual steps with {optimizer} at {rate:g}")
-    return Response(optimizer, rate, tuple(_descend(task, optimizer, rate, _LONG)))
-
-
-def _task(
+def task_on(
     graph: Graph,
     constant: frozenset[fx.Node],
     inputs: Sequence[Tensor],
     seen: Pass,
     seed: int,
     device: torch.device | None,
-) -> _Task | None:
-    """The task on some of the examples; None where no output has any."""
+) -> Task | None:
+    """The task of memory on some of the examples; None where no output has any."""
     batch = batch_of(inputs)
-    task = _Task(graph, constant, inputs, device, _tasks(seen, inputs, batch, seed))
+    task = Task(graph, constant, inputs, device, _tasks(seen, inputs, batch, seed))
     if not task.losses or batch <= _EXAMPLES:
         return task if task.losses else None
     fewer = replace(task, inputs=[x[:_EXAMPLES] if x.dim() and x.shape[0] == batch else x for x in inputs])
@@ -123,7 +102,7 @@ def _task(
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """The outputs to be steered, each with its loss by example and the loss of guessing."""
 
     graph: Graph
@@ -145,7 +124,7 @@ class _Task:
         return float(total.detach()) / chance, lambda: run.parameter_gradients(backward(run, [total], [one], keep=False))
 
 
-def _descend(task: _Task, optimizer: str, rate: float, steps: int = STEPS) -> list[float]:
+def descend(task: Task, optimizer: str, rate: float, steps: int = STEPS) -> list[float]:
     """The loss before each step and after the last; ends early where it is not finite, or learnt."""
     shift: dict[str, Tensor] = {}
     memory: dict[str, tuple[Tensor, Tensor]] = {}

@@ -22,8 +22,9 @@ from initaudit.probe.lending import is_large
 from initaudit.probe.measures import measures
 from initaudit.probe.observe import SignalObserver
 from initaudit.probe.passes import Observer, Pass, batch_of, cotangents
+from initaudit.probe.persistence import persist
 from initaudit.probe.recurrence import TimeObserver
-from initaudit.probe.response import persist, respond
+from initaudit.probe.response import respond
 from initaudit.probe.slopes import Recall, Slopes, constants_of
 from initaudit.probe.statistics import peak, power
 from initaudit.probe.targets import numbers_of
@@ -115,12 +116,18 @@ def _passes(graph: Graph, given: Sequence[Tensor], seed: int, place: torch.devic
 
 
 def persisted(
-    graph: Graph, inputs: Sequence[Tensor], *, seed: int = 0, device: torch.device | str | None = None, say: Say = silent
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    say: Say = silent,
+    follow: bool = True,
 ) -> Response | None:
-    """What many more virtual steps do (`response.persist`), under the conditions of `probe`."""
+    """What many more virtual steps do (`persistence.py`), under the conditions of `probe`."""
     place = None if device is None else torch.device(device)
     with undisturbed(seed, graph):
-        return persist(graph, floated(inputs, place), seed, place, say)
+        return persist(graph, floated(inputs, place), seed, place, say, follow=follow)
 
 
 def _alike(given: Sequence[Tensor], ends: Sequence[Tensor], batch: int) -> bool:

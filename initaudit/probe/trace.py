@@ -186,14 +186,16 @@ class GramRecord:
 
 @dataclass(frozen=True)
 class Response:
-    """What steps of one size do to the loss of a task of memory, relative to that of guessing.
+    """What steps of one size do to the loss of a task, relative to that of guessing.
 
-    `losses` begin before the first step; they end early where one is not finite, or the task is half learnt.
+    `losses` begin before the first step; they end early where one is not finite, or the task is half learnt. The `task` is
+    "memory" (`targets.py`) or "following" a network of the same kind (`persistence.py`).
     """
 
     optimizer: str
     rate: float
     losses: tuple[float, ...]
+    task: str = "memory"
 
 
 @dataclass(frozen=True)

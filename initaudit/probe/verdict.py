@@ -87,5 +87,14 @@ def seems_untrainable(trace: Trace, risk: Risk) -> bool:
     return asked and min(risk.untrainable_sgd, risk.untrainable_adam) >= _LIKELY and not risk.features["chaos"] > 0
 
 
+def may_follow(risk: Risk) -> bool:
+    """Whether to learn what the network is with other weights says that it learns (`persistence.py`).
+
+    Where the signal grows by decades on its way, the scale of the outputs is the fault and not what was meant; and copies of
+    one unit follow together what each would have to learn by itself.
+    """
+    return max(risk.exploding, risk.symmetry) < _LIKELY
+
+
 def _decades(lost: float) -> float:
     return _logistic((lost - _HALF) / _WIDTH)

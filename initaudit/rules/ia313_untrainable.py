@@ -19,8 +19,8 @@ class Untrainable(Rule):
     """The network does not begin to learn under any optimizer of customary step size.
 
     What it does: asks the risk model, where it could watch some virtual steps of SGD and of Adam on a task of memory (those of
-    `--rehearse` count as well), and reports a network that is likely to fail under both and does not learn that task in 200
-    steps of Adam either. Any other finding that explains it takes its place.
+    `--rehearse` count as well), and reports a network that is likely to fail under both and learns in 200 steps of Adam neither
+    that task nor to be what it is with other weights. Any other finding that explains it takes its place.
 
     Why it is bad: the training run would be paid for and end at the accuracy of guessing.
 
