@@ -110,7 +110,7 @@ def threads(folder: Path, quick: bool) -> None:
     from initaudit.measure.units import measure_units
 
     path = folder / "threads.safetensors"
-    # As many as checkpoints have: of eight, a thread that was held up once leaves the other without work for a tenth of the time.
+    # As many as checkpoints have: of eight, one that is held up leaves the other thread without work for a tenth of the time.
     write(path, (1024, 4096), 16 if quick else 64, "BF16")
     arrays = list(load(path).arrays.values())
 

@@ -125,8 +125,8 @@ def test_empty_scalar_and_constant():
     assert measure(np.array([0.0, -0.0, 1.0])).zeros == 2
 
 
-@pytest.mark.parametrize("bad", [np.zeros(2, np.complex64), np.array(["a"]), np.array([object()])])
-def test_what_is_not_a_real_number_is_refused(bad):
+@pytest.mark.parametrize("bad", [np.array(["a"]), np.array([object()])])
+def test_what_is_no_number_is_refused(bad):
     with pytest.raises(TypeError, match="not of real numbers"):
         measure(bad)
 

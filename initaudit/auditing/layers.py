@@ -30,6 +30,7 @@ def layer_evidence(
     """One entry for each weight and operator, in forward order.
 
     `measured` holds the moments of the stored tensors by name; a weight that was computed from stored ones is measured here.
+    Complex weights are in none: schemes are laws of real numbers, and gains of functions of real signals.
     """
     values = _Values(graph, checkpoint.arrays, measured)
     records = _records(trace)
@@ -40,7 +41,10 @@ def layer_evidence(
         feeds = tuple({(f.activation.name, f.path): f for p in group for f in p.feeds}.values())
         main = main_feed(feeds)
         gain = gains.of(main) if main is not None else None
-        moments, read = values.of(first)
+        known = values.of(first)
+        if known is None:
+            continue
+        moments, read = known
         found.append(
             LayerEvidence(
                 pair=first,
@@ -85,10 +89,12 @@ class _Values:
         self.reader = ConstantReader(graph)
         self.nodes: dict[str, fx.Node] = {n.name: n for n in graph.fx.nodes}
 
-    def of(self, pair: Pair) -> tuple[Moments, Callable[[], np.ndarray[Any, Any]]]:
-        """The moments of the values used at a place, and how to read them."""
+    def of(self, pair: Pair) -> tuple[Moments, Callable[[], np.ndarray[Any, Any]]] | None:
+        """The moments of the values used at a place, and how to read them; None where they are complex."""
         if pair.stored and pair.tensor in self.arrays and self.arrays[pair.tensor].shape == pair.shape:
             array = self.arrays[pair.tensor]
+            if array.dtype.startswith("complex"):
+                return None
             moments = self.measured.get(pair.tensor)
             return moments if moments is not None else measure(array.read()), array.read
         node = self.nodes[pair.value]
@@ -97,7 +103,8 @@ class _Values:
             value = self.reader.value(node)
             return to_numpy(value if isinstance(value, torch.Tensor) else torch.as_tensor(value))
 
-        return measure(read()), read
+        values = read()
+        return None if np.iscomplexobj(values) else (measure(values), read)
 
 
 def norm_parameters(graph: Graph) -> frozenset[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from initaudit.auditing.layers import layer_evidence, norm_parameters
+from initaudit.auditing.lazy import arguments_of
 from initaudit.auditing.probing import Probed, believed, probed, skipped
 from initaudit.auditing.recognition import in_company, with_recognition
 from initaudit.config import Config
@@ -154,10 +155,8 @@ def _module(checkpoint: Checkpoint, module: nn.Module, config: Config, inputs: A
         said = checkpoint.metadata.get("inputs", {})  # what the file itself says
         shapes = {**{name: InputSpec(*spec) for name, spec in said.items()}, **shapes}
         inputs, keywords = for_module(module, shapes=shapes, batch=batch, seed=config.seed, say=progress)
-    elif isinstance(inputs, Mapping):
-        inputs, keywords = (), inputs
-    elif isinstance(inputs, torch.Tensor):
-        inputs = (inputs,)
+    else:
+        inputs, keywords = arguments_of(inputs)
     progress("tracing")
     home = device_of(module) or "cpu"
     inputs, keywords = pytree.tree_map_only(torch.Tensor, lambda t: t.to(home), (tuple(inputs), dict(keywords)))

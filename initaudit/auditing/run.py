@@ -171,10 +171,15 @@ def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progre
         from initaudit.auditing.read_program import opened
 
         checkpoint, program = opened(checkpoint, config, inputs, progress)
+    if checkpoint.format == "module":
+        from initaudit.auditing.lazy import settled
+
+        checkpoint = settled(checkpoint, config, inputs)
     static = checkpoint.program is None
     seen = survey_all(checkpoint, progress, config.jobs) if static else measure_all(checkpoint.arrays, progress, config.jobs)
     tensors = seen.moments
-    checkpoint = dataclasses.replace(checkpoint, problems=(*checkpoint.problems, *seen.problems))
+    notes = (*checkpoint.notes, *_of_complex(checkpoint))
+    checkpoint = dataclasses.replace(checkpoint, problems=(*checkpoint.problems, *seen.problems), notes=notes)
     lost = {p.tensor for p in checkpoint.problems if p.code == "IA001"}
     if lost and not tensors and lost.issuperset(checkpoint.arrays) and all(p.code == "IA001" for p in checkpoint.problems):
         # Nothing is left to judge: the model as a whole cannot be read.
@@ -191,6 +196,14 @@ def gather(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, progre
 
     program = program or open_program(checkpoint, config, inputs, progress)
     return dataclasses.replace(program, checkpoint=checkpoint).evidence(tensors)
+
+
+def _of_complex(checkpoint: Checkpoint) -> tuple[str, ...]:
+    names = [name for name, array in checkpoint.arrays.items() if array.dtype.startswith("complex")]
+    if not names:
+        return ()
+    named = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (f"complex tensors ({named}) are not compared with schemes, which are laws of real numbers",)
 
 
 def _whole(checkpoint: Checkpoint) -> tuple[str, str, str]:

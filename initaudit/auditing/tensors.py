@@ -24,7 +24,7 @@ _Result = TypeVar("_Result")
 
 @dataclass
 class Tensors:
-    """The moments of every floating-point tensor, those that cannot be read as problems (IA001), and the layers seen."""
+    """The moments of every tensor of real or complex numbers, what cannot be read as problems (IA001), and the layers seen."""
 
     moments: dict[str, Moments] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -47,7 +47,7 @@ def side_by_side(function: Callable[[_Item], _Result], items: Iterable[_Item], j
 
 
 def measure_all(arrays: Mapping[str, Array], progress: Callable[[str], None], jobs: int = 1) -> Tensors:
-    """The moments of every floating-point array, shared bytes once."""
+    """The moments of every array of real or complex numbers, shared bytes once; integers are left out."""
     names: dict[object, list[str]] = {}
     for name, array in arrays.items():
         if _measured(array):
@@ -130,7 +130,7 @@ def _bytes(array: Array) -> int:
 
 
 def _measured(array: Array) -> bool:
-    return array.dtype.startswith(("float", "bfloat"))
+    return array.dtype.startswith(("float", "bfloat", "complex"))
 
 
 def _moments(array: Array) -> Moments | InitauditError:

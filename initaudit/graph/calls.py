@@ -44,7 +44,12 @@ def role_for(target: Any) -> Role:
         return _OPAQUE  # torch.cond and its kind: which branch runs is not known here
     if isinstance(target, ControlCall):
         return target.operator.role
-    return STEPS[target] if target in STEPS else registry.role_of(target)
+    if target in STEPS:
+        return STEPS[target]
+    try:
+        return registry.role_of(target)
+    except KeyError:  # a function that torch put into its trace
+        return _OPAQUE
 
 
 def role_of(node: fx.Node) -> Role:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from initaudit.errors import UnreadableModel
 from initaudit.graph.graph import Graph
 from initaudit.graph.lower import ConstantKind, Constants, Lowering
+from initaudit.graph.parcels import closed, opened
 from initaudit.meter import Meter, Say, silent
 
 _PREFIX = "inner."
@@ -41,6 +42,7 @@ class _Flat(nn.Module):
         self.inner, self.keywords = inner, tuple(keywords)
 
     def forward(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        args = closed(args)
         split = len(args) - len(self.keywords)
         result = self.inner(*args[:split], **dict(zip(self.keywords, args[split:], strict=True)))
         found = tuple(float_tensors(result))
@@ -66,6 +68,12 @@ def float_tensors(value: Any) -> Iterator[torch.Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for entry in dataclasses.fields(value):
             yield from float_tensors(getattr(value, entry.name))
+
+
+def switch(module: nn.Module, *, training: bool) -> None:
+    """Evaluation or training mode, of whatever has one: an exported program stays in that in which it was exported."""
+    with contextlib.suppress(NotImplementedError):
+        module.train(training)
 
 
 @contextlib.contextmanager
@@ -120,15 +128,15 @@ def from_module(
     say: Say = silent,
     dropping: bool = False,
 ) -> Graph:
-    """The graph of `module` called with `inputs` (nested structures of tensors are flattened to placeholders).
+    """The graph of `module` called with `inputs` (nested structures, and objects that carry tensors, become placeholders).
 
     Dropout and other noise are off; norms with running statistics that training will replace by those of the batch use the
     batch's (see `lower`). The module is traced as for evaluation, and as for training where only that reaches all parameters
     (auxiliary heads); as it is held where it is known to be `dropping` with certainty (see `noise`), which only training shows.
     `say` is told where the trace is. Raises UnreadableModel where forward cannot be run on these inputs.
     """
-    keywords = keywords or {}
-    flat, _ = pytree.tree_flatten((tuple(inputs), dict(keywords)))
+    inputs, keywords = opened((tuple(inputs), dict(keywords or {})))
+    flat, _ = pytree.tree_flatten((inputs, keywords))
     training = module.training
     with as_found(module), _told(module, say):
         if dropping:
@@ -136,11 +144,11 @@ def from_module(
                 graph = _trace(module, inputs, keywords, flat, training)
                 if not graph.notes:
                     return graph
-        module.eval()
+        switch(module, training=False)
         graph = _trace(module, inputs, keywords, flat, training)
         if graph.unused and not any(_MANY in note for note in graph.notes):
             # An auxiliary head that only training uses is not an unused parameter.
-            module.train()
+            switch(module, training=True)
             with contextlib.suppress(UnreadableModel):
                 second = _trace(module, inputs, keywords, flat, training)
                 # A trace by running would fix what training draws at random (masks, dropped layers) as it fell this once.
@@ -157,6 +165,8 @@ def _trace(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any]
     try:
         with silenced(), _FewNumbers():
             program = torch.export.export(wrapped, args, strict=False)
+        if _levels(program.graph_module):
+            raise NotImplementedError("levels of torch.func transforms are no operators")
     except UnreadableModel:
         raise
     except Exception as error:  # noqa: BLE001 - torch.export raises whatever the traced code raises; running it decides
@@ -209,16 +219,25 @@ def _by_running(wrapped: nn.Module, args: tuple[Any, ...], cause: Exception) -> 
     from torch.fx.experimental.proxy_tensor import make_fx
 
     state = {**dict(wrapped.named_parameters()), **dict(wrapped.named_buffers())}
+    if any(isinstance(part, torch.jit.ScriptModule) for part in wrapped.modules()):
+        # Once TorchScript has seen values that need gradients, it keeps a plan for such values that takes these gradients
+        # itself, behind a detach; for others it runs the operators as they are written.
+        state = {name: value.detach() for name, value in state.items()}
 
     def call(state: dict[str, torch.Tensor], *tensors: Any) -> Any:
         return torch.func.functional_call(wrapped, state, tensors)
 
+    def trace(whole: bool) -> fx.GraphModule:
+        made: fx.GraphModule = make_fx(
+            call, pre_dispatch=whole, tracing_mode="real", record_module_stack=True, _error_on_data_dependent_ops=False
+        )(state, *args)
+        return made
+
     try:
         with silenced():
-            traced: fx.GraphModule = make_fx(
-                call, pre_dispatch=True, tracing_mode="real", record_module_stack=True, _error_on_data_dependent_ops=False
-            )(state, *args)
-            return traced
+            # Whole operators, as the module calls them; of transforms (torch.vmap, torch.func.grad) what they come to.
+            traced = trace(True)
+            return trace(False) if _levels(traced) else traced
     except UnreadableModel:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the traced code raises is the caller's to mend
@@ -226,6 +245,17 @@ def _by_running(wrapped: nn.Module, args: tuple[Any, ...], cause: Exception) -> 
         raise UnreadableModel(
             name, f"forward cannot be traced: {_first_line(error)}", advice="give example inputs that forward accepts"
         ) from cause
+
+
+def _levels(traced: fx.GraphModule) -> bool:
+    """Whether a trace shows the levels of torch.func transforms, or tensors inside them, instead of operators."""
+    for node in traced.graph.nodes:
+        if node.users and getattr(node.target, "__module__", "") == "torch._functorch.predispatch":
+            return True
+        held = getattr(traced, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(held, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(held):
+            return True
+    return False
 
 
 class _FewNumbers(TorchFunctionMode):

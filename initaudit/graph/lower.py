@@ -31,10 +31,14 @@ _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 class Constants:
-    """The constants of a module under the names its author gave them; ties are known by their storage."""
+    """The constants of a module under the names its author gave them; ties are known by their storage.
+
+    A complex parameter is kept as its real and imaginary parts, on one more axis: these are what an optimizer moves.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.found: dict[str, Constant] = {}
+        self.complex: set[str] = set()
         self._all_frozen = not any(p.requires_grad for p in module.parameters())
         self._names: dict[tuple[int, tuple[int, ...]], list[str]] = {}
         for name, p in module.named_parameters(remove_duplicate=False):
@@ -47,6 +51,9 @@ class Constants:
             # A module that is frozen as a whole was frozen for inference: its weights are judged as weights all the same.
             trainable = kind == "parameter" and (self._all_frozen or value.requires_grad)
             tied = tuple(other for other in same if other != name)
+            if kind == "parameter" and value.is_complex():
+                value = torch.view_as_real(value.detach().resolve_conj())
+                self.complex.add(name)
             self.found[name] = Constant(name, kind, tuple(value.shape), value.dtype, value.detach, trainable, tied)
         return name
 
@@ -102,6 +109,9 @@ class Lowering:
             node = self.out.create_node("get_attr", key)
             constant = self.constants.found[key]
             node.meta.update(shape=constant.shape, dtype=constant.dtype, location=Location(key))
+            if key in self.constants.complex:
+                node = self.out.call_function(torch.ops.aten.view_as_complex.default, (node,))
+                node.meta.update(shape=constant.shape[:-1], dtype=constant.dtype.to_complex(), location=Location(key))
             self._read[key] = node
         return self._read[key]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from initaudit.graph.from_torch import as_found, float_tensors, silenced
+from initaudit.graph.from_torch import as_found, float_tensors, silenced, switch
 from initaudit.graph.graph import OwnBackward
 
 
@@ -26,10 +26,10 @@ def own_backward(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str
         return OwnBackward(frozenset(), frozenset(), frozen=any(True for _ in module.parameters()))
     try:
         with as_found(module), silenced(), torch.enable_grad():
-            module.eval()
+            switch(module, training=False)
             found = _reached(module, inputs, keywords)
             if found.missed:
-                module.train()
+                switch(module, training=True)
                 again = _reached(module, inputs, keywords)
                 found = OwnBackward(found.missed & again.missed, found.called, found.fed)
             return found

@@ -44,14 +44,14 @@ class Stretch:
 
 
 def stretches(arrays: Mapping[str, Array]) -> Iterator[Stretch]:
-    """Stretches of those `arrays` that are small and lie in a file as they are; most of what is alone is in none."""
+    """Stretches of those real `arrays` that are small and lie in a file as they are; most of what is alone is in none."""
     groups: dict[tuple[Path, int, str], list[tuple[Span, str, tuple[int, ...]]]] = {}
     for name, array in arrays.items():
         stored = array.open
         if not isinstance(stored, Stored) or (stored.dtype, stored.shape) != (array.dtype, array.shape):
             continue
         span = stored.span
-        if stored.dtype in PACKED_BITS or not 0 < span.length <= SMALL:
+        if stored.dtype in PACKED_BITS or stored.dtype.startswith("complex") or not 0 < span.length <= SMALL:
             continue
         groups.setdefault((span.path, id(span.data), stored.dtype), []).append((span, name, array.shape))
     for (_, _, dtype), group in groups.items():

@@ -105,11 +105,14 @@ def merge(*parts: Moments) -> Moments:
 
 
 def measure(array: np.ndarray[Any, Any]) -> Moments:
-    """The moments of `array`, of any shape and any real dtype of numpy or ml_dtypes; booleans count as 0 and 1.
+    """The moments of `array`, of any shape and dtype of numbers of numpy or ml_dtypes; booleans count as 0 and 1.
 
-    No more than a million elements are copied at a time, so a `numpy.memmap` is read once from front to back, and what has been
-    read is let go. Raises TypeError for complex numbers, strings and objects.
+    Of complex numbers they are those of the real and imaginary parts, each counted by itself. No more than a million elements
+    are copied at a time, so a `numpy.memmap` is read once from front to back, and what has been read is let go. Raises
+    TypeError for strings and objects.
     """
+    if array.dtype.kind == "c":
+        array = np.ascontiguousarray(array).reshape(-1).view(array.real.dtype)
     reader = fused.reader_of(array.dtype)
     parts = []
     if reader is not None:

@@ -18,7 +18,8 @@ def leading(ends: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
     To compare the shape of a gradient that it is handed, torch imports sympy, a quarter of what it takes to import itself.
     """
     with torch.enable_grad():
-        return torch.stack([(end * gradient).sum() for end, gradient in zip(ends, given, strict=True)]).sum()
+        # For a complex z, torch's gradient g is that of Re(z conj(g)); a real number is its own conjugate.
+        return torch.stack([(z * g.conj()).sum().real for z, g in zip(ends, given, strict=True)]).sum()
 
 
 def backward(

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from initaudit.errors import LimitExceeded, UnsupportedOperator
+from initaudit.graph.from_torch import switch
 from initaudit.load.host import device_of
 
 _UNDECIDED = (
@@ -202,7 +203,8 @@ def _hollow(module: nn.Module, mode: FakeTensorMode) -> nn.Module | None:
     except Exception:  # noqa: BLE001 - a module holds what it likes; one that cannot be copied is run for real instead
         return None
     assert keep is not None  # what the memo points to must outlive it
-    return hollow.eval()
+    switch(hollow, training=False)
+    return hollow
 
 
 def real_run(module: nn.Module, positional: Sequence[Any], keywords: Mapping[str, Any]) -> str:
@@ -213,7 +215,7 @@ def real_run(module: nn.Module, positional: Sequence[Any], keywords: Mapping[str
     positional, keywords = pytree.tree_map_only(torch.Tensor, lambda t: t.to(home), (tuple(positional), dict(keywords)))
     with undisturbed():
         try:
-            module.eval()
+            switch(module, training=False)
             torch.func.functional_call(module, state, tuple(positional), dict(keywords))
         except Exception as error:  # noqa: BLE001 - forward raises what it likes on inputs it was not made for
             return _line(error)

@@ -154,13 +154,11 @@ def for_module(
             name, f"no inputs were found that forward({', '.join(known)}) accepts", advice=f"tried {tried}; {mend}"
         ) from None
     generator = torch.Generator().manual_seed(seed)
-    floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
     def make(argument: str, guess: Guess) -> Any:
         if guess.kind == "value":
             return guess.value
-        dtype = floating if guess.dtype == torch.float32 and argument not in given else guess.dtype
-        rows = found.outcome.rows.get(argument)
+        dtype, rows = guess.dtype, found.outcome.rows.get(argument)
         if rows is None and not dtype.is_floating_point and guess.kind != "ids":
             return torch.ones(guess.shape, dtype=dtype)
         return draw(guess.shape, dtype, rows, generator)

@@ -66,7 +66,8 @@ class Search:
         self.arguments = signature_of(module)
         self.by_name = {a.name: a for a in self.arguments}
         common = guesses_for(module, batch)
-        self.guesses = {a.name: ordered_for(a, common, module) for a in self.arguments}
+        floating = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        self.guesses = {a.name: _of_type(ordered_for(a, common, module), floating) for a in self.arguments}
         config = getattr(module, "config", None) or getattr(module, "pretrained_cfg", None) or {}
         self.sizes = list(dict.fromkeys(sizes_in(config)))
         self.channels = list(dict.fromkeys(channels_in(config)))
@@ -353,6 +354,11 @@ def _affordable(guess: Guess) -> bool:
     for n in guess.shape[1:]:
         elements *= n
     return elements <= 2**20
+
+
+def _of_type(guesses: Sequence[Guess], floating: torch.dtype) -> list[Guess]:
+    """The same with floating-point values in the type of the weights, which layers take no other with."""
+    return [dataclasses.replace(g, dtype=floating) if g.dtype == torch.float32 else g for g in guesses]
 
 
 def _hollow_tensor(_: str, guess: Guess) -> Any:
