@@ -231,3 +231,28 @@ def test_inputs_are_made_up_in_the_type_of_the_weights(dtype):
     found = initaudit.audit(net().to(dtype))
     assert loud(found) == []
     assert found.risk
+
+
+class Correlated(nn.Module):
+    """Returns the loss of two views of a batch, which is near zero where they are alike (Zbontar et al. 2021)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 32, bias=False))
+        self.norm = nn.BatchNorm1d(32, affine=False)
+
+    def forward(self, one, other):
+        c = self.norm(self.net(one)).T @ self.norm(self.net(other)) / one.shape[0]
+        on = torch.diagonal(c)
+        return (on - 1).pow(2).sum() + 0.005 * (c - torch.diag(on)).pow(2).sum()
+
+
+def test_what_is_left_in_a_loss_is_no_signal():
+    x = torch.randn(32, 16)
+    one, other = x + 0.1 * torch.randn_like(x), x + 0.1 * torch.randn_like(x)
+    assert loud(initaudit.audit(Correlated(), (one, other))) == []
+    broken = Correlated()
+    with torch.no_grad():
+        broken.net[0].weight.zero_()
+    assert loud(initaudit.audit(broken, (one, other)))

@@ -272,7 +272,8 @@ class _Follow:
     def _heads(self) -> tuple[frozenset[str], list[fx.Node]]:
         """The last linear operator before each output, found upwards through what has one source, and what these read.
 
-        An output that a sum or a normalization makes has no such operator: it is an end itself.
+        An output that a sum or a normalization makes has no such operator: it is an end itself. What makes one number of a whole
+        batch is a loss, whose terms are no signal: there it is the last operators before any of them.
         """
         from initaudit.graph.calls import role_of
 
@@ -281,6 +282,12 @@ class _Follow:
         ends: dict[fx.Node, None] = {}
         for name in self.trace.outputs:
             output = node = by_name.get(name)
+            if output is not None and self._is_loss(output) and (terms := self._before_loss(output)):
+                for above in terms:
+                    norm = role_of(above).kind == "normalization"
+                    heads.update(() if norm else (above.name,))
+                    ends.update(dict.fromkeys([above] if norm else self.sources[above]))
+                continue
             for _ in range(_FAR):
                 if node is None or role_of(node).kind in ("contraction", "recurrent", "normalization"):
                     break
@@ -292,6 +299,25 @@ class _Follow:
             elif output is not None:
                 ends[output] = None
         return frozenset(heads), list(ends)
+
+    def _is_loss(self, output: fx.Node) -> bool:
+        """Whether a batch of several examples has become one number."""
+        given = [shape for n in self.nodes if n.op == "placeholder" and (shape := self.signals[n.name].shape)]
+        return math.prod(self.signals[output.name].shape) == 1 and any(shape[0] > 1 for shape in given)
+
+    def _before_loss(self, output: fx.Node) -> list[fx.Node]:
+        from initaudit.graph.calls import role_of
+
+        found: list[fx.Node] = []
+        waiting, seen = [output], {output}
+        while waiting:
+            node = waiting.pop()
+            if role_of(node).kind in ("contraction", "recurrent", "normalization") and self.sources[node]:
+                found.append(node)
+                continue
+            waiting += [s for s in self.sources[node] if s not in seen]
+            seen.update(self.sources[node])
+        return found
 
 
 def _norm2(signal: Signal) -> float | None:
