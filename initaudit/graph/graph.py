@@ -48,17 +48,32 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Stray:
+    """A leaf tensor that forward computes with, that asks for a gradient, and that no `parameters()` holds.
+
+    `name` is the way to it in Python, its steps joined by dots; "" where the module does not hold it. `drawn` says that it is a
+    parameter that each call of forward makes anew, with other values.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    drawn: bool = False
+
+
+@dataclass(frozen=True)
 class OwnBackward:
     """What a module's own autograd reaches: `missed` are the trainable parameters that get no gradient at all.
 
     `called` are the parameters of the layers that forward calls. `fed` are those that get a gradient that is not zero, known
     only where forward calls a `torch.autograd.Function`; else None. `frozen` says that no parameter asks for a gradient.
+    `strays` are what it reaches beside the parameters.
     """
 
     missed: frozenset[str]
     called: frozenset[str]
     fed: frozenset[str] | None = None
     frozen: bool = False
+    strays: tuple[Stray, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import fx, nn
 from initaudit.graph.aten import base_name
 from initaudit.graph.execute import note_shape
 from initaudit.graph.graph import Constant, Graph, Input, location_of
+from initaudit.graph.outside import held_outside, same_place
 from initaudit.graph.probability import certain
 from initaudit.graph.steps import dropped
 from initaudit.location import Location
@@ -39,13 +41,19 @@ class Constants:
     def __init__(self, module: nn.Module) -> None:
         self.found: dict[str, Constant] = {}
         self.complex: set[str] = set()
+        self._module = module
         self._all_frozen = not any(p.requires_grad for p in module.parameters())
         self._names: dict[tuple[int, tuple[int, ...]], list[str]] = {}
         for name, p in module.named_parameters(remove_duplicate=False):
             self._names.setdefault((p.data_ptr(), tuple(p.shape)), []).append(name)
 
     def add(self, name: str, kind: ConstantKind, value: torch.Tensor) -> str:
-        """Registers a tensor and returns its key."""
+        """Registers a tensor and returns its key.
+
+        A literal that is a tensor which the module holds by a way of its own is called by that way.
+        """
+        if kind == "literal" and value.is_floating_point() and value.numel():
+            name = self._outside.get(same_place(value), name)
         if name not in self.found:
             same = self._names.get((value.data_ptr(), tuple(value.shape)), []) if kind == "parameter" and value.numel() else []
             # A module that is frozen as a whole was frozen for inference: its weights are judged as weights all the same.
@@ -56,6 +64,10 @@ class Constants:
                 self.complex.add(name)
             self.found[name] = Constant(name, kind, tuple(value.shape), value.dtype, value.detach, trainable, tied)
         return name
+
+    @functools.cached_property
+    def _outside(self) -> dict[tuple[int, tuple[int, ...]], str]:
+        return {same_place(value): name for value, name in held_outside(self._module, frozen=True).items() if value.numel()}
 
 
 def location(node: fx.Node) -> Location:

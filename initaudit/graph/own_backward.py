@@ -7,22 +7,27 @@ estimator, a surrogate gradient, a reversed one) is traced as what its forward d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from initaudit.graph.from_torch import as_found, float_tensors, silenced, switch
-from initaudit.graph.graph import OwnBackward
+from initaudit.graph.graph import OwnBackward, Stray
+from initaudit.graph.outside import held_outside
 
 
 def own_backward(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> OwnBackward | None:
     """Runs forward as for evaluation and, where that misses a parameter, as for training; what both miss is missed.
 
-    The module is left as it was. None where forward cannot be run as it stands.
+    Tensors that either reaches beside the parameters are strays. The module is left as it was. None where forward cannot be run
+    as it stands.
     """
-    if not any(p.requires_grad for p in module.parameters()):
+    frozen = not any(p.requires_grad for p in module.parameters())
+    if frozen and not held_outside(module):
         return OwnBackward(frozenset(), frozenset(), frozen=any(True for _ in module.parameters()))
     try:
         with as_found(module), silenced(), torch.enable_grad():
@@ -31,8 +36,9 @@ def own_backward(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str
             if found.missed:
                 switch(module, training=True)
                 again = _reached(module, inputs, keywords)
-                found = OwnBackward(found.missed & again.missed, found.called, found.fed)
-            return found
+                strays = tuple(dict.fromkeys((*found.strays, *again.strays)))
+                found = OwnBackward(found.missed & again.missed, found.called, found.fed, strays=strays)
+            return replace(found, frozen=frozen and any(True for _ in module.parameters()))
     except Exception:  # noqa: BLE001 - a stranger's forward raises what it likes; its trace has been told of it
         return None
 
@@ -42,25 +48,61 @@ def _reached(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, An
     called = set[nn.Module]()
     hook = nn.modules.module.register_module_forward_pre_hook(lambda part, _: called.add(part))
     try:
-        # What the operators save is dropped: no backward pass follows, and a plain one would hold all activations.
-        with torch.autograd.graph.saved_tensors_hooks(_forget, _never):
-            ends = [x for x in float_tensors(module(*inputs, **keywords)) if x.requires_grad]
+        leaves, custom = _leaves(module, inputs, keywords)
     finally:
         hook.remove()
     used = frozenset(names[p] for part in called for p in part.parameters(recurse=False) if p in names)
-    leaves, custom = set[Tensor](), False
-    for node in _nodes(ends):
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            leaves.add(leaf)
-        custom = custom or isinstance(node, torch.autograd.function.BackwardCFunction)
+    strays = _strays(module, inputs, keywords, leaves)
     if not custom:
-        return OwnBackward(frozenset(n for p, n in names.items() if p not in leaves), used)
+        return OwnBackward(frozenset(n for p, n in names.items() if p not in leaves), used, strays=strays)
     # What lies inside such a function (a block that is computed again, say) shows in a real backward pass only.
     with _own_gradients(names) as fed:
         ends = [x for x in float_tensors(module(*inputs, **keywords)) if x.requires_grad]
         torch.autograd.backward(ends, [torch.randn_like(x) for x in ends])
-    return OwnBackward(frozenset(names.values()) - fed.keys(), used, frozenset(n for n, some in fed.items() if some))
+    some = frozenset(n for n, other in fed.items() if other)
+    return OwnBackward(frozenset(names.values()) - fed.keys(), used, some, strays=strays)
+
+
+def _leaves(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[dict[Tensor, None], bool]:
+    """The leaves that autograd reaches from the outputs, in its order; and whether it goes through a function of its own."""
+    # What the operators save is dropped: no backward pass follows, and a plain one would hold all activations.
+    with torch.autograd.graph.saved_tensors_hooks(_forget, _never):
+        ends = [x for x in float_tensors(module(*inputs, **keywords)) if x.requires_grad]
+    leaves, custom = dict[Tensor, None](), False
+    for node in _nodes(ends):
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            leaves[leaf] = None
+        custom = custom or isinstance(node, torch.autograd.function.BackwardCFunction)
+    return leaves, custom
+
+
+def _strays(
+    module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any], leaves: Collection[Tensor]
+) -> tuple[Stray, ...]:
+    """What of these leaves is neither a parameter nor an input, and was there before forward or is drawn by it each time.
+
+    What forward makes of its inputs (a position that forces are the gradient of) is another tensor in a second call, and no
+    layer is drawn for it.
+    """
+    given = {id(x) for x in pytree.tree_leaves((inputs, dict(keywords)))}
+    known = {id(p) for p in module.parameters()} | given
+    other = [x for x in leaves if id(x) not in known]
+    if not other:
+        return ()
+    names = held_outside(module)
+    reached = {id(x) for x in other}
+    found = [Stray(name, tuple(x.shape)) for x, name in names.items() if id(x) in reached]
+    if unnamed := [x for x in other if x not in names]:
+        again = [x for x in _leaves(module, inputs, keywords)[0] if id(x) not in known and x not in names]
+        kept = {id(x) for x in again}
+        found += [Stray("", tuple(x.shape)) for x in unnamed if id(x) in kept]
+        drawn = [x for x in unnamed if id(x) not in kept and isinstance(x, nn.Parameter)]
+        redrawn = [x for x in again if x not in leaves and isinstance(x, nn.Parameter)]
+        if [x.shape for x in drawn] == [x.shape for x in redrawn]:
+            pairs = zip(drawn, redrawn, strict=True)
+            found += [Stray("", tuple(x.shape), drawn=True) for x, y in pairs if not torch.equal(x, y)]
+    return tuple(found)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def attribute_path(tensor: str, program: Any = None, node: str = "") -> str:
     if _WORDS.fullmatch(tensor) or re.fullmatch(r"\d+(\.\w+)+", tensor):
         return "model" + "".join(_step(part) for part in tensor.split("."))
     if hasattr(program, "named_modules"):
-        return f'model.get_parameter("{_quoted(tensor)}")'
+        return f'tensors["{_quoted(tensor)}"]'  # what lies outside of the module has no way in Python
     scopes = [part for part in node.split("/")[1:-1] if part] if _SCOPES.fullmatch(node) else []
     if scopes:
         # A child of a container repeats the container's name: layers, then layers.0.
@@ -52,6 +52,14 @@ def _walk(module: Any, parts: list[str]) -> str | None:
     """The expression by the containers that are really there; None where a step does not exist."""
     here, text = module, "model"
     for part in parts:
+        if isinstance(here, (list, tuple, dict)) and not hasattr(here, "named_modules"):
+            # A plain container: what it holds is no parameter of the module, and has a name all the same (`outside.py`)
+            keys = here if isinstance(here, dict) else range(len(here))
+            key = next((k for k in keys if str(k).replace(".", "_") == part), None)
+            if key is None:
+                return None
+            here, text = here[key], f'{text}["{_quoted(key)}"]' if isinstance(key, str) else f"{text}[{key!r}]"
+            continue
         try:
             following = getattr(here, part)
         except AttributeError:

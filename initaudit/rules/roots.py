@@ -33,6 +33,7 @@ PROFILED = ("IA3", "IA402", "IA403")
 CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IA001", ("IA002", "IA004"), ("IA003",)),
     ("IA502", (), ("IA201", "IA311", "IA003", "IA601")),
+    ("IA314", ("IA311", "IA313"), ()),
     ("IA206", (*_SIGNAL, *_SCALES, "IA401", "IA402", "IA601"), _VALUES),
     ("IA508", _GROWS, ("IA401",)),
     ("IA401", (*_SIGNAL, "IA004"), (*_VALUES, "IA201", "IA203", "IA601")),
