@@ -272,8 +272,8 @@ class _Follow:
     def _heads(self) -> tuple[frozenset[str], list[fx.Node]]:
         """The last linear operator before each output, found upwards through what has one source, and what these read.
 
-        An output that a sum or a normalization makes has no such operator: it is an end itself. What makes one number of a whole
-        batch is a loss, whose terms are no signal: there it is the last operators before any of them.
+        An output that a sum or a normalization makes has no such operator: it is an end itself. What makes one number of a
+        whole batch is a loss, whose terms are no signal: there it is the last operators before any of them.
         """
         from initaudit.graph.calls import role_of
 
