@@ -87,6 +87,10 @@ def zero(name: str) -> Spoil:
     return lambda m: m.get_parameter(name).zero_()
 
 
+def fill(name: str, value: float) -> Spoil:
+    return lambda m: m.get_parameter(name).fill_(value)
+
+
 def reset(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -96,6 +100,9 @@ def reset(model: nn.Module) -> None:
 CASES: dict[str, tuple[str, Spoil, str, str]] = {
     "a matrix of zeros": ("net", zero("into.weight"), "IA501 warning", "IA501 error"),
     "the end of a branch of zeros": ("net", zero("back.weight"), "IA501 warning", "IA501 error"),
+    "a matrix of one number": ("net", fill("into.weight", 0.05), "IA501 error", "IA501 error"),
+    "kernels of one number": ("net", fill("branch.weight", -0.02), "IA501 error", "IA501 error"),
+    "a head of one number": ("net", fill("out.weight", 0.05), "IA501 warning", "IA501 warning"),
     "half a matrix of zeros": ("net", lambda m: m.into.weight[24:].zero_(), "IA204 warning", "IA204 warning"),
     "rows pruned here and there": ("net", lambda m: m.into.weight[::4].zero_(), "", ""),
     "a norm's scale of zeros": ("net", zero("again.weight"), "IA504 warning", "IA504 warning"),
@@ -162,3 +169,25 @@ def test_what_a_shard_took_with_it_is_not_called_untrained(
     message = report.findings[0].message
     assert "b-00002-of-00002.bin is missing: 4 tensors with it" in message
     assert "leaves 4 of them as drawn" in message
+
+
+@pytest.mark.parametrize(
+    ("shape", "value"), [((16, 1, 3, 3), 0.2), ((16, 16), 1.0), ((16, 16), 1 / 16), ((1, 16), 0.3)], ids=str
+)
+def test_fixed_sums_and_averages_are_left_alone(
+    networks: dict[str, tuple[nn.Module, torch.Tensor]], tmp_path: Path, shape: tuple[int, ...], value: float
+) -> None:
+    state = dict(networks["net"][0].state_dict())
+    torch.save({**state, "smooth.weight": torch.full(shape, value)}, tmp_path / "x.pt")
+    assert found(tmp_path / "x.pt") == []
+
+
+def test_an_emptied_head_is_told_where_only_one_other_layer_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = fit(nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)), (1, 8, 8), 5, 200)
+    with torch.no_grad():
+        model[3].weight.zero_()
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    assert [(f.code, f.tensor) for f in initaudit.audit(tmp_path / "x.pt").findings if f.code == "IA501"] == [
+        ("IA501", "3.weight")
+    ]

@@ -11,7 +11,7 @@ from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, trained
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import EXACT, Example, Finding, Rule, Severity, Threshold
-from initaudit.rules.support import names, sigmas, to_output
+from initaudit.rules.support import fields, names, sigmas, to_output
 
 # Trained layers that make a checkpoint a trained one, and the share that may be fresh before the checkpoint is a new model.
 _TRAINED = 2
@@ -26,7 +26,8 @@ class UntrainedLayer(Rule):
     that cannot have learnt because a zero behind them stops their gradient (LoRA's A before its B), are left out. A matrix of
     zeros is an error where it cuts trained weights off from the gradient, and a warning where it may belong to a branch that
     was never trained. Where only layers that make the output are fresh, or zero, it is a remark: a new head belongs to every
-    fine-tuning. Without a graph a head is a matrix of whose outputs no other weight takes as many.
+    fine-tuning. A matrix of one other number is an error, and a warning where it makes the output. Without a graph a head is
+    a matrix of whose outputs no other weight takes as many.
 
     Why it is bad: a key did not match when the checkpoint was loaded, so that this layer is random. The model answers, badly.
 
@@ -54,6 +55,7 @@ class UntrainedLayer(Rule):
         emptied = list(self._emptied(evidence))
         yield from emptied
         yield from self._zeros(evidence, {name for finding in emptied for name in (finding.tensor, *finding.related)})
+        yield from self._filled(evidence)
         judged = {x.tensor: x for x in evidence.layers if x.recognition is not None and x.pair.role != "embedding"}
         left_out = {name for pair in _adapters(evidence) for name in pair} | lost(evidence.checkpoint)
         fresh = [x for x in judged.values() if _is_draw(x) and not _stopped(x) and x.tensor not in left_out]
@@ -108,13 +110,29 @@ class UntrainedLayer(Rule):
         trained = {x.tensor for x in evidence.layers if x.recognition is not None and x.recognition.verdict == "trained"}
         adapters = {zero for _, zero in _adapters(evidence)}
         empty = {x.tensor: x for x in evidence.layers if _is_empty(x) and x.tensor not in named | adapters}
-        if not empty or len(trained) < self.limit(evidence, "trained"):
-            return
         found = list(empty.values())
         head = all(_makes_output(evidence, x) for x in found)
+        if not found or len(trained) < (1 if head else self.limit(evidence, "trained")):
+            return
         reason = "right for a new head, else it was not loaded" if head else "never trained, or wiped when the file was written"
         says = f"while {len(trained)} others are trained: {reason}"
         yield self._of_zeros(found, says, "info" if head else "warning", "a step moves every value whose gradient is not zero")
+
+    def _filled(self, evidence: Evidence) -> Iterator[Finding]:
+        """Matrices of one number that is not zero: nothing that was trained ends so, nor does a new layer begin so."""
+        trained = {x.tensor for x in evidence.layers if x.recognition is not None and x.recognition.verdict == "trained"}
+        for layer in {x.tensor: x for x in evidence.layers if _is_filled(x)}.values() if trained else ():
+            head, m = _makes_output(evidence, layer), layer.moments
+            yield self.finding(
+                f"all {m.count:,} values of {layer.tensor} are {m.mean:.6g}, while {len(trained)} others are trained: training "
+                "leaves no matrix so; it was overwritten, or not loaded, and its units compute one number",
+                _again(layer),
+                severity="warning" if head else "error",
+                measured=0.0,
+                expected=layer.expectation.exact or layer.expectation.lecun or 1 / max(1, layer.pair.fan_in),
+                law=EXACT + "a step moves every value by its own gradient",
+                **fields(layer),
+            )
 
     def _of_zeros(
         self, layers: list[LayerEvidence], says: str, severity: Severity, law: str, further: Sequence[str] = ()
@@ -145,6 +163,7 @@ class UntrainedLayer(Rule):
             example("one layer made again", lambda: trained(lambda m: linear(m)[2].reset_parameters())),
             example("a layer of zeros", lambda: trained(lambda m: linear(m)[2].weight.zero_())),
             example("a branch of zeros", lambda: trained(_silent_branch)),
+            example("a layer of one number", lambda: trained(lambda m: linear(m)[2].weight.fill_(0.05))),
             example("a head made again", lambda: trained(lambda m: m.append(_head(m.pop(-1))))),
         )
 
@@ -201,6 +220,16 @@ def _adapted() -> Any:
 def _is_empty(layer: LayerEvidence) -> bool:
     """Whether a matrix is zero as a whole; vectors of zeros (shifts, tokens) are what many networks keep."""
     return layer.moments.count > 0 and layer.moments.zeros == layer.moments.size and sum(n > 1 for n in layer.pair.shape) > 1
+
+
+def _is_filled(layer: LayerEvidence) -> bool:
+    """Whether a matrix holds one number, and is no fixed sum or average: of ones, of 1/n, or of a channel's own places."""
+    pair, m = layer.pair, layer.moments
+    if not m.count or m.min != m.max or m.zeros or not pair.trainable or pair.role == "embedding":
+        return False
+    fixed = m.mean == 1 or any(math.isclose(m.mean * n, 1, rel_tol=1e-2) for n in (pair.fan_in, pair.fan_out))
+    units = math.prod(size for size, axis in zip(pair.shape, pair.axes, strict=True) if axis == "o")
+    return not fixed and units > 1 and pair.fan_in > _taps(layer)
 
 
 def _adapters(evidence: Evidence) -> list[tuple[str, str]]:
