@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from initaudit.graph.reach import upstream
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example
 from initaudit.rules.rule import EXACT, Example, Finding, Rule
+from initaudit.rules.structure import passed_by
 from initaudit.rules.support import initial, names
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class NormOfOneValue(Rule):
         cut = list(dict.fromkeys(x.tensor for x in evidence.layers if any(n.name == x.pair.node for n in before)))
         site = location_of(first).site or first.name
         made_up = evidence.synthetic and role_of(first).name != "layer_norm"
-        passed = _passed_by(evidence, found)
+        passed = passed_by(evidence, found)
         reached = "no gradient passes it" if passed else f"no gradient reaches what stands before ({names(cut)})"
         several = f"; {len(found)} norms are affected" if len(found) > 1 else ""
         yield self.finding(
@@ -114,21 +115,6 @@ def _averages_one(node: fx.Node, shape: tuple[int, ...]) -> bool:
         return isinstance(groups, int) and shape[1] // max(1, groups) * places == 1
     kept = bound.get("use_input_stats") is False
     return role.name == "instance_norm" and places == 1 and not kept
-
-
-def _passed_by(evidence: Evidence, norms: Collection[fx.Node]) -> bool:
-    """Whether a way leads from an input to the output through none of these norms."""
-    assert evidence.graph is not None
-    stack = [n for n in evidence.graph.fx.nodes if n.op == "output"]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node.op == "placeholder":
-            return True
-        new = [a for a in node.all_input_nodes if a not in seen and a not in norms]
-        seen.update(new)
-        stack += new
-    return False
 
 
 def _pooled(groups: int, *, before: bool = False) -> Any:

@@ -39,6 +39,7 @@ CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IA401", (*_SIGNAL, "IA004"), (*_VALUES, "IA201", "IA203", "IA601")),
     ("IA207", _DIES, ("IA201",)),
     ("IA208", (*_DIES, *_SCALES, "IA304"), ("IA205",)),
+    ("IA209", (*_DIES, *_SCALES, "IA304"), ("IA205",)),
     ("IA201", (*_DIES, *_GROWS, *_SCALES), ("IA101", "IA109", "IA202", "IA204", "IA205", "IA501")),
     ("IA111", (*_DIES, *_SCALES, "IA302", "IA304", "IA306", "IA310"), ()),
     ("IA403", (*_DIES, "IA101"), ("IA101", "IA109", "IA202", "IA204", "IA205")),

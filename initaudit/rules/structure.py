@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence, Set
 from typing import TYPE_CHECKING
 
 from initaudit.graph.probability import certain
@@ -57,6 +57,21 @@ def is_tie(layers: Sequence[LayerEvidence]) -> bool:
     tables = [x for x in layers if x.pair.role == "embedding"]
     heads = [x for x in layers if x.pair.role == "contraction" and to_output(x)]
     return bool(tables) and bool(heads) and len(tables) + len(heads) == len(layers)
+
+
+def passed_by(evidence: Evidence, nodes: Collection[fx.Node]) -> bool:
+    """Whether a way leads from an input to the output through none of these nodes."""
+    assert evidence.graph is not None
+    stack = [n for n in evidence.graph.fx.nodes if n.op == "output"]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            return True
+        new = [a for a in node.all_input_nodes if a not in seen and a not in nodes]
+        seen.update(new)
+        stack += new
+    return False
 
 
 def readers(evidence: Evidence, layer: LayerEvidence) -> tuple[LayerEvidence, ...]:
