@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING
+
+from initaudit.graph.reach import downstream
+from initaudit.rules.evidence import Evidence, LayerEvidence
 
 if TYPE_CHECKING:
     from torch import fx
@@ -11,6 +14,7 @@ if TYPE_CHECKING:
     from initaudit.graph.graph import Graph
 
 _SCALES = ("weight", "scale")
+_PRODUCTS = ("mul", "multiply")
 
 
 def factors(graph: Graph) -> list[str]:
@@ -25,7 +29,7 @@ def _multiplies(node: fx.Node) -> bool:
         if user.op != "call_function":
             continue
         role, bound, name = role_of(user), arguments(user), _called(user)
-        if role.kind == "pointwise" and name in ("mul", "multiply"):
+        if role.kind == "pointwise" and name in _PRODUCTS:
             return True
         if role.kind == "normalization" and any(bound.get(k) is node for k in bound if k.lower() in _SCALES):
             return True
@@ -45,13 +49,38 @@ def opens(graph: Graph, name: str) -> bool:
     while stack:
         for user in stack.pop().users:
             others = [a for a in user.all_input_nodes if a not in seen and a not in constant]
-            if user.op == "call_function" and _called(user) in ("mul", "multiply") and others:
+            if user.op == "call_function" and _called(user) in _PRODUCTS and others:
                 return True
             alone = not others and (_called(user) in ("sub", "rsub", "neg") or role_of(user).kind == "passthrough")
             if user.op == "call_function" and alone and user not in seen:
                 seen.add(user)
                 stack.append(user)
     return False
+
+
+def choosers(evidence: Evidence, copies: Iterable[LayerEvidence]) -> list[str]:
+    """The names of zeros that weigh copies against each other, and get no gradient, as it makes no difference what they choose.
+
+    They lead to one factor of a product, and copies to another one: the router of a mixture of experts.
+    """
+    from initaudit.graph.calls import role_of
+
+    graph, trace = evidence.graph, evidence.trace
+    if graph is None or trace is None:
+        return []
+    idle = {n: p.name for n, p in trace.parameters.items() if p.gradient_zero and p.revived is None and p.norm == 0}
+    if not idle:
+        return []
+    at = {str(n.target): n for n in graph.fx.nodes if n.op == "get_attr"}
+    made = downstream(at[c] for x in copies for p in x.pairs for c in p.constants if c in at)
+
+    def weighs(node: fx.Node, behind: Set[fx.Node]) -> bool:
+        product = _called(node) in _PRODUCTS or role_of(node).kind == "contraction"
+        return (
+            product and any(a in behind - made for a in node.all_input_nodes) and any(a in made for a in node.all_input_nodes)
+        )
+
+    return [name for key, name in idle.items() if key in at and any(weighs(n, b) for b in [downstream([at[key]])] for n in b)]
 
 
 def _called(node: fx.Node) -> str:

@@ -10,10 +10,11 @@ import numpy as np
 from initaudit.measure.symmetry import duplicate_rows
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.gates import choosers
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.structure import readers
-from initaudit.rules.support import fields, initial
+from initaudit.rules.support import fields, initial, names
 
 if TYPE_CHECKING:
     from initaudit.pair.records import Feeds
@@ -84,14 +85,17 @@ class DuplicateUnits(Rule):
             yield self._copies(evidence, layer, copies, units.count, "equal weights, biases and gradients in the probe")
 
     def _copies(self, evidence: Evidence, layer: LayerEvidence, copies: int, units: int, why: str) -> Finding:
+        idle = choosers(evidence, [layer])
         return self.finding(
             f"{copies} of {units} units ({100 * copies / units:.0f} %) are copies of others, or their negatives: {why}, so "
-            f"they stay equal for ever and the layer works as one of {units - copies}; no draw gives two equal units",
+            f"they stay equal for ever and the layer works as one of {units - copies}; no draw gives two equal units"
+            + (f"; {names(idle)} is to choose between them, and gets no gradient as they are equal" if idle else ""),
             init_line(layer),
             severity="error" if copies >= self.limit(evidence, "error") * units else "warning",
             measured=float(units - copies),
             expected=float(units),
             law=EXACT + "two drawn units are never equal",
+            related=tuple(idle),
             **fields(layer),
         )
 

@@ -13,6 +13,7 @@ from initaudit.measure.copies import same_units
 from initaudit.measure.symmetry import duplicate_rows
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.gates import choosers
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import EXACT, Example, Finding, Rule
 from initaudit.rules.structure import is_tie
@@ -20,6 +21,7 @@ from initaudit.rules.support import fields, fresh_layers, initial, names
 
 # A drawn weight of this many elements has nearly as many different values; tables of a formula and identities have few.
 _LEAST = 64
+_FEW = 16  # of smaller weights all values have to differ
 _VARIED = 0.1
 # A draw of 4 bits or more has more different values than the tables of one (one-hot, filters for upsampling, +-1).
 _LEVELS = 14
@@ -40,10 +42,11 @@ class IdenticalLayers(Rule):
     What it does: compares all weights of one shape that are not tied, their units in whatever order and with whatever signs,
     within a millionth, and the first values of weights of any shape up to a factor: a generator that starts from the same seed
     gives them the same numbers. Constants, identities and formulas are left out, as are copies that are not trained (the
-    teacher of a student): they are equal on purpose.
+    teacher of a student): they are equal on purpose. Copies between which a router of zeros chooses are an error.
 
     Why it is bad: the layers start as one layer applied several times. They learn apart, but begin with a fraction of the
-    random features that were paid for, and every run repeats the same draw.
+    random features that were paid for, and every run repeats the same draw. Copied experts that weigh the same get the same
+    gradient, so that they stay one expert, and their router gets none.
 
     Example: `nn.TransformerEncoder` deep-copies the layer that it is given; a generator seeded inside the initializer.
 
@@ -70,16 +73,18 @@ class IdenticalLayers(Rule):
             return
         first = groups[0][0]
         others = [x for g in groups for x in g if x is not first]
+        idle = choosers(evidence, [x for g in groups for x in g])
         more = f"; so do {len(groups) - 1} other groups of weights" if len(groups) > 1 else ""
         yield self.finding(
             f"{names(groups[0])} hold the same {first.moments.count:,} values without being one parameter{more}: the "
             "layers were copied, or "
-            "drawn from the same seed, and start as one layer repeated",
+            f"drawn from the same seed, and start as one layer repeated{_stays(idle)}",
             init_line(*_again(groups)),
+            severity="error" if idle else "warning",
             measured=float(len(groups)),
             expected=float(len({x.tensor for g in groups for x in g})),
             law=EXACT + "two drawn weights are never equal",
-            related=tuple(dict.fromkeys(x.tensor for x in others)),
+            related=tuple(dict.fromkeys([*(x.tensor for x in others), *idle])),
             **fields(first),
         )
 
@@ -97,10 +102,13 @@ class IdenticalLayers(Rule):
                 continue
             copies = sum(len(group) - 1 for group in duplicate_rows(flat))
             if copies:
+                idle = choosers(evidence, [layer])
                 yield self.finding(
                     f"{copies} of the {len(flat)} matrices stacked in this tensor are copies of others: they were filled from "
-                    "one draw, and start as one matrix repeated",
+                    f"one draw, and start as one matrix repeated{_stays(idle)}",
                     init_line(layer),
+                    severity="error" if idle else "warning",
+                    related=tuple(idle),
                     measured=float(len(flat) - copies),
                     expected=float(len(flat)),
                     law=EXACT + "two drawn matrices are never equal",
@@ -111,7 +119,8 @@ class IdenticalLayers(Rule):
         """Weights of several shapes or scales that one and the same sequence of random numbers was poured into."""
         arrays = evidence.checkpoint.arrays
         # One storage under several names, or seen through several views, is one weight.
-        single = {arrays[x.tensor].storage or x.tensor: x for x in drawn if x.tensor in arrays and x.moments.zeros == 0}
+        large = [x for x in drawn if x.tensor in arrays and x.moments.zeros == 0 and x.moments.count >= _LEAST]
+        single = {arrays[x.tensor].storage or x.tensor: x for x in large}
         starts = {x.tensor: (x, start) for x in single.values() if (start := _start(x)) is not None}
         if len(starts) < 2:
             return
@@ -164,8 +173,16 @@ class IdenticalLayers(Rule):
             example("a copied layer", lambda: mlp(32, 32, 32, 32, 5, change=_copy)),
             example("a copy with its units permuted and some turned round", lambda: mlp(32, 32, 32, 32, 5, change=_shuffled)),
             example("experts filled from one draw", _experts),
+            example("copied experts behind a router of zeros", lambda: _experts(router=0.0)),
             example("one seed for layers of all widths", lambda: mlp(32, 64, 48, 5, change=_seeded)),
         )
+
+
+def _stays(idle: list[str]) -> str:
+    """What follows for copies between which zeros choose."""
+    if not idle:
+        return ""
+    return f"; {names(idle)} is to choose between them, gets no gradient as they are equal, and leaves them so for ever"
 
 
 def _again(groups: list[list[LayerEvidence]]) -> list[LayerEvidence]:
@@ -182,7 +199,7 @@ def _drawn(layer: LayerEvidence) -> bool:
     m, pair = layer.moments, layer.pair
     # What no law drew is a formula (sines, filters for upsampling), the same wherever it is used.
     formula = layer.recognition is not None and layer.recognition.verdict == "trained"
-    sound = not _blank(layer) and m.count >= _LEAST and m.zeros < m.count / 2
+    sound = not _blank(layer) and m.count >= _FEW and m.zeros < m.count / 2
     return sound and pair.stored and pair.trainable and not formula and not _is_table(layer)
 
 
@@ -243,7 +260,8 @@ def _matrix(layer: LayerEvidence) -> np.ndarray[Any, Any]:
 def _few_values(values: np.ndarray[Any, Any]) -> bool:
     """Whether the values are those of a table and not of a draw, which has many different ones, of however few bits it is."""
     head = values.ravel()[:4096]
-    return len(set(head.tolist())) < min(_VARIED * head.size, _LEVELS)
+    different = len(set(head.tolist()))
+    return different < head.size if head.size < _LEAST else different < min(_VARIED * head.size, _LEVELS)
 
 
 def _start(layer: LayerEvidence) -> np.ndarray[Any, Any] | None:
@@ -291,7 +309,7 @@ def _shuffled(model: Any) -> None:
     layers[1].weight.copy_(layers[0].weight[torch.randperm(32)] * signs[:, None])
 
 
-def _experts() -> Any:
+def _experts(router: float = 1.0) -> Any:
     import torch
     from torch import nn
 
@@ -300,6 +318,8 @@ def _experts() -> Any:
             super().__init__()
             self.router, self.head = nn.Linear(16, 4), nn.Linear(16, 3)
             self.experts = nn.Parameter(torch.randn(1, 16, 16).repeat(4, 1, 1) / 4)
+            for parameter in self.router.parameters():
+                parameter.detach().mul_(router)
 
         def forward(self, x: torch.Tensor) -> Any:
             hidden = (x.expand(4, -1, -1) @ self.experts).relu()

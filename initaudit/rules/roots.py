@@ -40,7 +40,8 @@ CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IA207", _DIES, ("IA201",)),
     ("IA208", (*_DIES, *_SCALES, "IA304"), ("IA205",)),
     ("IA209", (*_DIES, *_SCALES, "IA304"), ("IA205",)),
-    ("IA201", (*_DIES, *_GROWS, *_SCALES), ("IA101", "IA109", "IA202", "IA204", "IA205", "IA501")),
+    ("IA201", (*_DIES, *_GROWS, *_SCALES), ("IA101", "IA109", "IA204", "IA205", "IA501")),
+    ("IA203", (), ("IA201",)),  # zeros that choose between copies, as below
     ("IA111", (*_DIES, *_SCALES, "IA302", "IA304", "IA306", "IA310"), ()),
     ("IA403", (*_DIES, "IA101"), ("IA101", "IA109", "IA202", "IA204", "IA205")),
     ("IA107", (*_GROWS, *_DIES, *_SCALES), ("IA101", "IA102", "IA103", "IA109", "IA205")),
@@ -54,7 +55,7 @@ CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IA101", _DIES, ("IA109",)),
     ("IA109", ("IA106",), (*_GROWS, *_DIES)),
     ("IA204", ("IA305", "IA313"), ("IA202", "IA205")),
-    ("IA202", ("IA313",), ("IA205",)),
+    ("IA202", ("IA313",), ("IA201", "IA205")),
     ("IA205", ("IA301", "IA303", "IA304", "IA307", "IA311", "IA313"), ()),
     # Without a cause among the weights the worst symptom speaks for the others.
     ("IA311", ("IA301", "IA303", "IA304", "IA305", "IA307", "IA313"), ()),
