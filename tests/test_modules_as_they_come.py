@@ -256,3 +256,24 @@ def test_what_is_left_in_a_loss_is_no_signal():
     with torch.no_grad():
         broken.net[0].weight.zero_()
     assert loud(initaudit.audit(broken, (one, other)))
+
+
+class Standardised(nn.Module):
+    """Divides by the spread of each feature, which is zero for a constant one."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x):
+        return self.net((x - x.mean(0)) / x.std(0))
+
+
+@pytest.mark.parametrize(("bad", "says"), [(1.0, "forward does so with the inputs"), (float("nan"), "hold such values")])
+def test_given_inputs_that_forward_makes_no_numbers_of_are_an_error(bad, says):
+    x = torch.randn(16, 16)
+    assert loud(initaudit.audit(Standardised(), x)) == []
+    x[:, 3] = bad
+    (found,) = loud(initaudit.audit(Standardised(), x))
+    assert found[0] == "IA401"
+    assert says in found[1]

@@ -17,6 +17,17 @@ from initaudit.rules.support import fields, fresh_layers, power, ratio_of
 _LARGE = 10.0
 
 
+_STEP = "after one step no weight is finite"
+
+
+def _after(before: bool, early: bool, own: bool) -> str:
+    if early:
+        return "the probe's inputs may be outside of what the model takes"
+    if own:
+        return f"the inputs that were given hold such values, and {_STEP}"
+    return f"forward does so with the inputs that were given, and {_STEP}" if before else _STEP
+
+
 class NanOrInf(Rule):
     """A weight is not a finite number, or what it makes of an input is not.
 
@@ -81,14 +92,16 @@ class NanOrInf(Rule):
         location = next((location_of(n) for n in graph.fx.nodes if n.name == place), NOWHERE)
         orders = [trace.signals[w.node].order for w in trace.weights if w.node in trace.signals]
         seen = trace.signals.get(place) if place is not None else None
-        # What happens before the first weight is a matter of the inputs, and the inputs may be made up.
-        early = forward and seen is not None and seen.order < min(orders, default=0)
-        large = [] if early else _large(evidence)
+        # What happens before the first weight is a matter of the inputs; those that are made up may not be what it takes.
+        before = forward and seen is not None and seen.order < min(orders, default=0)
+        early = before and evidence.synthetic
+        own = any(n.name == place and n.op == "placeholder" for n in graph.fx.nodes)
+        large = [] if before else _large(evidence)
         root = fields(large[0]) if large else {"site": location.site, "location": location}
         cause = f"{large[0].tensor} has {power(ratio_of(large[0]) or 0)} times the variance it needs; " if large else ""
         yield self.finding(
             f"the {what} is not finite from {location.site or place} on, although all weights are finite; {cause}"
-            + ("the probe's inputs may be outside of what the model takes" if early else "after one step no weight is finite"),
+            + _after(before, early, own),
             "initaudit.audit(model, inputs)  # a batch of real inputs; --data on the command line"
             if early
             else init_line(*large)
