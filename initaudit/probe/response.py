@@ -29,7 +29,7 @@ STEPS = 20
 LEARNT = 0.5  # of the loss of guessing: what has come so far needs no further steps
 _MOMENTUM, _BETA1, _BETA2, _EPSILON = 0.9, 0.9, 0.999, 1e-8
 # Multiplications of all forward passes together: some seconds of one core at the very most, a part of one as a rule.
-_MOST = 3e10
+AFFORDED = 3e10
 _CALL = 7e5  # some 50 microseconds
 _EXAMPLES, _LEAST = 32, 4
 _NORMED, _TINY = 1e-3, 1e-12
@@ -69,7 +69,7 @@ def respond(
     batch = batch_of(inputs)
     if any(n.op == "call_function" and role_of(n).kind == "control" for n in graph.fx.nodes):
         return ()  # a loop of a stranger's graph is run once and not a hundred times
-    if batch < _LEAST or not seen.parameters or len(RATES) * STEPS * work(seen) * min(1, _EXAMPLES / batch) > _MOST:
+    if batch < _LEAST or not seen.parameters or len(RATES) * STEPS * work(seen) * min(1, _EXAMPLES / batch) > AFFORDED:
         return ()
     task = task_on(graph, constant, inputs, seen, seed, device)
     if task is None:

@@ -17,6 +17,7 @@ from initaudit.graph.graph import Graph, location_of
 from initaudit.graph.reach import upstream
 from initaudit.meter import Meter, Say, silent
 from initaudit.probe.backward import backward, on_to_inputs
+from initaudit.probe.company import company
 from initaudit.probe.gradients import GradientSketch
 from initaudit.probe.lending import is_large
 from initaudit.probe.measures import measures
@@ -24,7 +25,7 @@ from initaudit.probe.observe import SignalObserver
 from initaudit.probe.passes import Observer, Pass, batch_of, cotangents
 from initaudit.probe.persistence import persist
 from initaudit.probe.recurrence import TimeObserver
-from initaudit.probe.response import respond
+from initaudit.probe.response import AFFORDED, respond, work
 from initaudit.probe.slopes import Recall, Slopes, constants_of
 from initaudit.probe.statistics import peak, power
 from initaudit.probe.targets import numbers_of
@@ -81,7 +82,14 @@ def probe(
             response=response,
             numbers=numbers_of(given, batch),
             alike=_alike(given, ends, batch),
+            met=_met(graph, given, run, seed) if finite and not large else "",
         )
+
+
+def _met(graph: Graph, given: Sequence[Tensor], run: Pass, seed: int) -> str:
+    """Where examples meet (`company.py`), asked where a forward pass is as cheap as virtual steps would have it."""
+    loops = any(n.op == "call_function" and role_of(n).kind == "control" for n in graph.fx.nodes)
+    return "" if loops or run.missing or work(run) > AFFORDED else company(graph, run.constant, given, run, seed)
 
 
 @dataclass(frozen=True)

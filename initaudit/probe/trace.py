@@ -204,7 +204,8 @@ class Trace:
 
     `numbers` is how many real numbers make one of the `batch` examples, None where an input is of integers. `alike` tells that
     examples that differ at the inputs are the same at every output. `persisted` are many more virtual steps, taken where the
-    first ones learnt so little that the network seems not to learn.
+    first ones learnt so little that the network seems not to learn. `met` names the node at which examples first meet whose
+    outputs depend on each other.
     """
 
     batch: int
@@ -225,6 +226,7 @@ class Trace:
     persisted: Response | None = None
     numbers: int | None = None
     alike: bool = False
+    met: str = ""
 
     @property
     def broken(self) -> bool:
