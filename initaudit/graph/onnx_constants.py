@@ -26,6 +26,7 @@ def settle(builder: Builder) -> None:
     _only(builder, _steers, "literal")
     _only(builder, lambda node, user: _starts(builder, node, user), "literal")
     _only(builder, lambda node, user: _neutral(builder, node, user), "literal")
+    _only(builder, lambda node, user: _fills(builder, node, user), "literal")
     _part(builder)
 
 
@@ -68,6 +69,17 @@ def _neutral(builder: Builder, node: fx.Node, user: fx.Node) -> bool:
     if role_of(user).kind != "normalization" or node.op != "get_attr" or str(node.target) not in builder.written:
         return False
     return node not in signal_inputs(user) and _uniform(builder, node) in (0, 1)
+
+
+def _fills(builder: Builder, node: fx.Node, user: fx.Node) -> bool:
+    """What meets no signal: an output as it stands, the shape of noise; or one number written out for a whole batch."""
+    kind = role_of(user).kind
+    if user.op == "output" or kind == "generator":
+        return True
+    root = _root(node)
+    if root is None or str(root.target) not in builder.written or kind not in ("pointwise", "passthrough", "merge"):
+        return False
+    return sum(n > 1 for n in builder.constants[str(root.target)].shape) > 1 and _uniform(builder, node) is not None
 
 
 def _root(node: fx.Node) -> fx.Node | None:
