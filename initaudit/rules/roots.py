@@ -43,6 +43,7 @@ CAUSES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("IA201", (*_DIES, *_GROWS, *_SCALES), ("IA101", "IA109", "IA204", "IA205", "IA501")),
     ("IA203", (), ("IA201",)),  # zeros that choose between copies, as below
     ("IA111", (*_DIES, *_SCALES, "IA302", "IA304", "IA306", "IA310"), ()),
+    ("IA112", (*_GROWS, *_DIES, *_SCALES, "IA601"), ("IA102", "IA108", "IA109")),
     ("IA403", (*_DIES, "IA101"), ("IA101", "IA109", "IA202", "IA204", "IA205")),
     ("IA107", (*_GROWS, *_DIES, *_SCALES), ("IA101", "IA102", "IA103", "IA109", "IA205")),
     ("IA104", (*_GROWS, *_DIES), ("IA101", "IA102", "IA103", "IA109")),
