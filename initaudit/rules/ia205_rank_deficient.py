@@ -10,6 +10,7 @@ import numpy as np
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
+from initaudit.rules.places import units_by_place
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
 from initaudit.rules.support import fields, fresh_layers, initial, is_head
@@ -21,6 +22,7 @@ _LARGEST = 1 << 24  # elements looked at
 # Singular values below this share of the largest are rounding in float32; in a 16-bit weight its own.
 _ROUNDING = {"float16": 2e-3, "bfloat16": 1.6e-2}
 _HALF = 0.5
+_LEAST = 8  # directions: of fewer, half can be missing in a weight that is made by hand
 
 
 class RankDeficient(Rule):
@@ -59,11 +61,11 @@ class RankDeficient(Rule):
                 or layer.moments.inf
             ):
                 continue
-            found = _rank(evidence, layer)
+            found = _rank(evidence, layer) if _counted(layer) else None
             if found is None:
                 continue
             rank, most = found
-            if rank < self.limit(evidence, "rank") * most:
+            if rank < self.limit(evidence, "rank") * most and not self._apart(evidence, layer):
                 yield self.finding(
                     f"its units span only {rank} direction{'' if rank == 1 else 's'}, where a draw of this shape spans "
                     f"{'at least ' if most == _SIDE else ''}{most} (singular values above rounding): what the layer sends on "
@@ -75,10 +77,21 @@ class RankDeficient(Rule):
                     **fields(layer),
                 )
 
+    def _apart(self, evidence: Evidence, layer: LayerEvidence) -> bool:
+        """Whether units that are copies are sent to different places, and those of each place are independent.
+
+        So is a convolution that a pixel shuffle spreads over space (ICNR, Aitken et al. 2017): what it sends on is the signal
+        of a smaller layer, upsampled to its nearest neighbours, and each place has a gradient of its own.
+        """
+        rows, share = _matrix(layer), self.limit(evidence, "rank")
+        found = [_rank(evidence, layer, rows[list(units)], 1) for units in units_by_place(evidence, layer)]
+        return bool(found) and all(f is not None and f[0] >= share * f[1] for f in found)
+
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
         """A draw, and an identity."""
         return (
+            example("copies that a pixel shuffle sends to different places", _shuffled),
             example("He", lambda: mlp(32, 64, 64, 5)),
             example(
                 "the identity", lambda: mlp(32, 64, 64, 5, change=lambda m: linear(m)[1].weight.fill_(0).fill_diagonal_(1))
@@ -91,16 +104,28 @@ class RankDeficient(Rule):
         return (example("an outer product", lambda: mlp(32, 64, 64, 5, change=_outer)),)
 
 
-def _rank(evidence: Evidence, layer: LayerEvidence) -> tuple[int, int] | None:
-    """(independent directions, how many there could be), both up to 96; None for shapes that are no matrix."""
-    pair = layer.pair
-    axes = [i for i, a in enumerate(pair.axes) if a == "o"]
-    if not axes or pair.groups > 1 or layer.moments.count > _LARGEST:
-        return None
-    values = layer.read()
+def _counted(layer: LayerEvidence) -> bool:
+    """Whether a weight is a matrix with units of its own, and none too large to look at."""
+    return "o" in layer.pair.axes and layer.pair.groups == 1 and layer.moments.count <= _LARGEST
+
+
+def _matrix(layer: LayerEvidence) -> np.ndarray[Any, Any]:
+    """The values with one unit a row."""
+    values, axes = layer.read(), [i for i, a in enumerate(layer.pair.axes) if a == "o"]
     others = [i for i in range(values.ndim) if i not in axes]
-    rows = int(np.prod([values.shape[i] for i in axes]))
-    stored = values.transpose(*axes, *others).reshape(rows, -1)
+    return values.transpose(*axes, *others).reshape(int(np.prod([values.shape[i] for i in axes])), -1)
+
+
+def _rank(
+    evidence: Evidence, layer: LayerEvidence, stored: np.ndarray[Any, Any] | None = None, least: int = _LEAST
+) -> tuple[int, int] | None:
+    """(independent directions, how many there could be), both up to 96, of a layer's rows or of some `stored` ones of them.
+
+    None for fewer than `least`.
+    """
+    pair = layer.pair
+    stored = _matrix(layer) if stored is None else stored
+    rows = len(stored)
     array = evidence.checkpoint.arrays.get(layer.tensor)
     rounding = _ROUNDING.get(array.dtype if array is not None else "", 1e-5)
     if min(stored.shape) >= _BLOCK:
@@ -116,7 +141,7 @@ def _rank(evidence: Evidence, layer: LayerEvidence) -> tuple[int, int] | None:
         # What a mask keeps at zero is no direction that the weight could have had.
         matrix = matrix[matrix.any(1)][:, matrix.any(0)]
     most = min(*matrix.shape, _SIDE)
-    if most < 8:
+    if most < least:
         return None
     generator = np.random.default_rng(0)
     if matrix.shape[1] > _SIDE:
@@ -161,3 +186,14 @@ def _outer(model: Any) -> None:
 
     weight = linear(model)[1].weight
     weight.copy_(torch.outer(torch.randn(64), torch.randn(64)) / 6)
+
+
+def _shuffled() -> Any:
+    import torch
+    from torch import nn
+
+    wide = nn.Conv2d(16, 64, 3, padding=1)
+    with torch.no_grad():
+        wide.weight.copy_(torch.randn(16, 16, 3, 3).div_(9).repeat_interleave(4, 0))
+    layers = (nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), wide, nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1))
+    return nn.Sequential(*layers), (torch.randn(8, 3, 8, 8),)
