@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections import UserDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -277,3 +278,22 @@ def test_given_inputs_that_forward_makes_no_numbers_of_are_an_error(bad, says):
     (found,) = loud(initaudit.audit(Standardised(), x))
     assert found[0] == "IA401"
     assert says in found[1]
+
+
+class Tempered(nn.Module):
+    def __init__(self, temperature):
+        super().__init__()
+        self.net, self.temperature = net(), temperature
+
+    def forward(self, x):
+        return self.net(x) / self.temperature
+
+
+@pytest.mark.parametrize(("temperature", "told"), [(1e-4, True), (0.01, False), (1.0, False)])
+def test_a_factor_behind_the_head_is_named_and_not_the_head(temperature, told):
+    remarks = [f for f in initaudit.audit(Tempered(temperature), torch.randn(16, 16)).findings if f.code == "IA310"]
+    assert bool(remarks) == told
+    for found in remarks:
+        assert found.severity == "info"
+        assert "a factor of 1e+04" in found.message
+        assert f"{Path(__file__).name}:" in found.message

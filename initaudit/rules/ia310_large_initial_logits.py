@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from initaudit.rules.evidence import Evidence
+from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp
 from initaudit.rules.remedy import expression_of
 from initaudit.rules.rule import Example, Finding, Rule, Threshold
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _TIMES = 4.0
 _NATS = 8.0
 _CLASSES = (2, 1 << 18)
+# Cosines times 64 (Deng et al. 2019, ArcFace) start at 64 nats at most; no known head of a classifier goes further.
+_BEYOND = 100.0
 _DRAWS = 256
 
 
@@ -30,7 +33,8 @@ class LargeInitialLogits(Rule):
 
     What it does: takes the variance of the model's output, where a linear layer makes it, and computes the cross-entropy
     that logits of this size give against labels they know nothing of. Reported beyond four times ln(classes) and eight nats
-    above it. For a regression the same number says that the output starts that far from its targets' scale.
+    above it. For a regression the same number says that the output starts that far from its targets' scale. Where a factor
+    behind the layer does it, this is a remark: it may bring predictions to the scale of their targets.
 
     Why it is bad: the first steps go into shrinking the head, with gradients as large as the error; they shake everything
     below, and pretrained features first.
@@ -81,6 +85,32 @@ class LargeInitialLogits(Rule):
                     expected=chance,
                     **fields(layer),
                 )
+            elif (scaled := _scaled(evidence, layer)) is not None:
+                node, times = scaled
+                std = times * math.sqrt(moment2)
+                loss = expected_loss(std, classes)
+                if loss > chance + _BEYOND:
+                    yield self._of_factor(evidence, layer, node, times, (classes, std, loss))
+
+    def _of_factor(
+        self, evidence: Evidence, layer: LayerEvidence, name: str, times: float, logits: tuple[int, float, float]
+    ) -> Finding:
+        from initaudit.graph.graph import location_of
+
+        assert evidence.graph is not None
+        location = next(location_of(n) for n in evidence.graph.fx.nodes if n.name == name)
+        classes, std, loss = logits
+        place = f"{Path(location.file).name}:{location.line}" if location.file else location.site or name
+        return self.finding(
+            f"{classes} outputs of standard deviation {std:.3g}: a cross-entropy would start at {loss:.3g}, where guessing has "
+            f"ln({classes}) = {math.log(classes):.3g}; {layer.tensor} is not what makes them so large, a factor of {times:.3g} "
+            f"behind it is ({place})",
+            f"right where {place} brings a regression to the scale of its targets; before a softmax, let it be 100 at most",
+            severity="info",
+            measured=loss,
+            expected=math.log(classes),
+            **{**fields(layer), "location": location},
+        )
 
     @classmethod
     def valid(cls) -> tuple[Example, ...]:
@@ -94,6 +124,30 @@ class LargeInitialLogits(Rule):
     def invalid(cls) -> tuple[Example, ...]:
         """A head of N(0, 1)."""
         return (example("N(0, 1) on 400 features", lambda: mlp(32, 400, 50, change=lambda m: linear(m)[-1].weight.normal_())),)
+
+
+def _scaled(evidence: Evidence, layer: LayerEvidence) -> tuple[str, float] | None:
+    """(the operator, the factor of all) where what makes the output of a layer's results does nothing but make them larger."""
+    from initaudit.graph.calls import role_of
+
+    assert evidence.graph is not None
+    assert evidence.trace is not None
+    signals = evidence.trace.signals
+    node = next((n for n in evidence.graph.fx.nodes if n.name == layer.records[0].output), None)
+    first, steps = signals.get(layer.records[0].output), list[tuple[float, str]]()
+    before = first
+    while node is not None and node.name not in evidence.trace.outputs and len(node.users) == 1:
+        node = next(iter(node.users))
+        here = signals.get(node.name)
+        if role_of(node).kind not in ("pointwise", "passthrough"):
+            return None
+        if here is None or not here.moment2 or before is None or not before.moment2:
+            continue
+        steps.append((math.sqrt(here.moment2 / before.moment2), node.name))
+        before = here
+    if first is None or before is None or not steps or not first.moment2 or not before.moment2:
+        return None
+    return max(steps)[1], math.sqrt(before.moment2 / first.moment2)
 
 
 def _spread(trace: Trace, record: WeightRecord) -> float | None:
