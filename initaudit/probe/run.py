@@ -172,16 +172,20 @@ class _Told(Observer):
 
 @contextlib.contextmanager
 def undisturbed(seed: int, graph: Graph) -> Iterator[None]:
-    """The caller's random state, warnings and modes stay; inside, an accelerator runs `graph` in full precision, repeatably."""
+    """The caller's random state, warnings and modes stay; inside, an accelerator runs `graph` in full precision, repeatably.
+
+    What is made without a type is float32 there, as all that is probed is, whatever the caller's default is.
+    """
     # cuDNN's recurrent layers have no second derivative, and outside training no first one.
     recurrent = any(role_of(n).kind == "recurrent" for n in graph.fx.nodes if n.op == "call_function")
     exact = torch.backends.cudnn.flags(enabled=not recurrent, benchmark=False, deterministic=True, allow_tf32=False)
-    precision = torch.get_float32_matmul_precision()
+    precision, default = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     strict, only_warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with torch.random.fork_rng(), warnings.catch_warnings(), torch.enable_grad(), exact:
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         try:
+            torch.set_default_dtype(torch.float32)
             torch.set_float32_matmul_precision("highest")
             if torch.cuda.is_available():  # on the host they are anyway, and it imports torch's compiler
                 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -190,6 +194,7 @@ def undisturbed(seed: int, graph: Graph) -> Iterator[None]:
             if torch.cuda.is_available():
                 torch.use_deterministic_algorithms(strict, warn_only=only_warns)
             torch.set_float32_matmul_precision(precision)
+            torch.set_default_dtype(default)
 
 
 def floated(inputs: Sequence[Tensor], device: torch.device | None) -> list[Tensor]:
