@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 from initaudit.errors import UnreadableModel
@@ -190,6 +191,20 @@ def test_paths_that_are_no_model(tmp_path: Path) -> None:
             load(source)
     with pytest.raises(UnreadableModel, match="download it first"):
         load("https://example.com/model.onnx")
+
+
+def test_models_of_tensorflow_and_keras_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    (folder / "variables").mkdir(parents=True)
+    (folder / "saved_model.pb").write_bytes(b"\x08\x01\x12\x02\x0a\x00")
+    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
+        for name in ("metadata.json", "config.json", "model.weights.h5"):
+            archive.writestr(name, b"{}")
+    for source, says in {folder: "SavedModel", folder / "saved_model.pb": "SavedModel", tmp_path / "m.keras": "Keras"}.items():
+        with pytest.raises(UnreadableModel, match=says):
+            load(source)
+    save_file({"w": torch.zeros(2, 2)}, folder / "model.safetensors")
+    assert len(load(folder).arrays) == 1
 
 
 def seeds() -> dict[str, bytes]:

@@ -297,3 +297,35 @@ def test_a_factor_behind_the_head_is_named_and_not_the_head(temperature, told):
         assert found.severity == "info"
         assert "a factor of 1e+04" in found.message
         assert f"{Path(__file__).name}:" in found.message
+
+
+class Forces(nn.Module):
+    """The gradient of an energy, as Hamiltonian networks and force fields have it."""
+
+    def __init__(self, cut=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 1)
+        self.cut = cut
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            hidden = torch.tanh(self.first(x))
+            hidden = torch.tanh(self.second(hidden.detach() + 0 * x.sum(1, keepdim=True) if self.cut else hidden))
+            return torch.autograd.grad(self.last(hidden).sum() + (x**2).sum(), x, create_graph=True)[0]
+
+
+def test_gradients_that_forward_takes_are_followed():
+    """All but the last bias, which no gradient of the energy depends on."""
+    x = torch.randn(16, 4)
+    found = initaudit.audit(Forces(), x)
+    assert loud(found) == []
+    assert [f.tensor for f in found.findings if f.code == "IA311"] == ["last.bias"]
+    module = Forces()
+    module(x).square().sum().backward()
+    assert [name for name, p in module.named_parameters() if p.grad is None or not p.grad.any()] == ["last.bias"]
+
+
+def test_what_the_user_detaches_stays_detached():
+    assert "IA311" in [code for code, _ in loud(initaudit.audit(Forces(cut=True), torch.randn(16, 4)))]

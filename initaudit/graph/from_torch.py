@@ -28,6 +28,7 @@ _PREFIX = "inner."
 # waiting for what running the module shows as well: no gradient passes through a number.
 _NUMBERS = 100
 _MANY = f"forward takes more than {_NUMBERS} numbers out of tensors"
+_TAKE_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 _TAKES = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__")
 
 
@@ -234,10 +235,12 @@ def _by_running(wrapped: nn.Module, args: tuple[Any, ...], cause: Exception) -> 
         return made
 
     try:
-        with silenced():
-            # Whole operators, as the module calls them; of transforms (torch.vmap, torch.func.grad) what they come to.
+        # Whole operators, as the module calls them; of gradients and of transforms (torch.vmap) what they come to.
+        with silenced(), _Gradients() as seen:
             traced = trace(True)
-            return trace(False) if _levels(traced) else traced
+            if seen.taken or _levels(traced):
+                traced = _without_saved(trace(False))
+            return traced
     except UnreadableModel:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the traced code raises is the caller's to mend
@@ -258,14 +261,40 @@ def _levels(traced: fx.GraphModule) -> bool:
     return False
 
 
+class _Gradients(TorchFunctionMode):
+    """Notes whether forward takes gradients itself, and marks what it detaches, as autograd detaches tensors of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.taken = self.taken or func in _TAKE_GRADIENTS
+        result = func(*args, **(kwargs or {}))
+        return torch.ops.aten.alias.default(result) if getattr(func, "__name__", "") == "detach" else result
+
+
+def _without_saved(traced: fx.GraphModule) -> fx.GraphModule:
+    """The trace of a backward pass without the detaching of what the forward pass saved for it: gradients go through that."""
+    for node in list(traced.graph.nodes):
+        if node.target is torch.ops.aten.detach.default and not any(
+            u.target is torch.ops.aten.alias.default for u in node.users
+        ):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    return traced
+
+
 class _FewNumbers(TorchFunctionMode):
-    """Inside, forward may take so many numbers out of tensors; raises ValueError where it takes more."""
+    """Inside, forward may take so many numbers out of tensors, and no gradients; raises ValueError where it takes more."""
 
     def __init__(self) -> None:
         super().__init__()
         self.taken = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _TAKE_GRADIENTS:
+            raise ValueError("forward takes gradients")
         if getattr(func, "__name__", "") in _TAKES and args and isinstance(args[0], torch.Tensor):
             self.taken += args[0].numel()
             if self.taken > _NUMBERS:

@@ -20,6 +20,10 @@ from initaudit.graph.graph import OwnBackward, Stray
 from initaudit.graph.outside import held_outside
 
 
+class _Wanted(Exception):
+    """A backward pass asks for what was not kept."""
+
+
 def own_backward(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> OwnBackward | None:
     """Runs forward as for evaluation and, where that misses a parameter, as for training; what both miss is missed.
 
@@ -66,8 +70,12 @@ def _reached(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, An
 def _leaves(module: nn.Module, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> tuple[dict[Tensor, None], bool]:
     """The leaves that autograd reaches from the outputs, in its order; and whether it goes through a function of its own."""
     # What the operators save is dropped: no backward pass follows, and a plain one would hold all activations.
-    with torch.autograd.graph.saved_tensors_hooks(_forget, _never):
-        ends = [x for x in float_tensors(module(*inputs, **keywords)) if x.requires_grad]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_forget, _never):
+            results = module(*inputs, **keywords)
+    except _Wanted:  # forward takes gradients itself
+        results = module(*inputs, **keywords)
+    ends = [x for x in float_tensors(results) if x.requires_grad]
     leaves, custom = dict[Tensor, None](), False
     for node in _nodes(ends):
         leaf = getattr(node, "variable", None)
@@ -139,7 +147,7 @@ def _forget(_: Tensor) -> None:
 
 
 def _never(_: None) -> Tensor:
-    raise RuntimeError("no backward pass was to follow")
+    raise _Wanted
 
 
 def _nodes(ends: Sequence[Tensor]) -> Iterator[Any]:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from initaudit.load.spans import show
+from initaudit.load.zip_entries import is_zip, member_names
 
 # Magic numbers at the front of a file, what they mean and what to do about it.
 MAGIC: tuple[tuple[bytes, str, str], ...] = (
@@ -26,6 +27,9 @@ MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x05\x06", "an empty zip archive", ""),
     (b"PK\x03\x04", "a zip archive without a model that is known here", "unpack it and audit what is inside"),
 )
+SAVED_MODEL = "saved_model.pb"  # by this name TensorFlow finds it; as a protobuf it could be ONNX as well
+_OF_TENSORFLOW = ("a TensorFlow SavedModel", "convert it to ONNX (tf2onnx)")
+_KERAS = {"metadata.json", "config.json", "model.weights.h5"}
 MODEL_ADVICE = "known are ONNX, safetensors, PyTorch (.pt .pth .bin .ckpt .pt2), TorchScript, NumPy and GGUF"
 
 
@@ -33,8 +37,12 @@ def describe_foreign(path: Path, head: bytes) -> tuple[str, str]:
     """(what it is, what to do) for a path of no known format."""
     if path.is_dir():
         return _describe_folder(path)
+    if path.name == SAVED_MODEL:
+        return _OF_TENSORFLOW
     if head[4:8] == b"TFL3":
         return "a TensorFlow Lite model", "save it as ONNX or safetensors"
+    if is_zip(head) and _KERAS.issubset(member_names(path) or ()):
+        return "a Keras model", "save it as ONNX or safetensors"
     for magic, found, advice in MAGIC:
         if head.startswith(magic):
             return found, advice
@@ -57,6 +65,8 @@ def _is_text(head: bytes) -> bool:
 
 def _describe_folder(path: Path) -> tuple[str, str]:
     names = sorted(os.listdir(path))
+    if SAVED_MODEL in names:
+        return _OF_TENSORFLOW
     if not names:
         return "the folder is empty", "name a folder with a model in it"
     inside = [name for name in names if (path / name).is_dir()]

@@ -20,6 +20,7 @@ import numpy as np
 
 from initaudit.errors import UnreadableModel
 from initaudit.load.checkpoint import Array, Checkpoint, Problem
+from initaudit.load.foreign import SAVED_MODEL
 from initaudit.load.onnx_copies import one_weight
 from initaudit.load.onnx_fused import is_fused, unfused
 from initaudit.load.onnx_quantized import in_floats, is_quantized
@@ -39,7 +40,7 @@ NOTHING: Mapping[str, Span] = {}
 
 def recognise(path: Path, head: bytes) -> bool:
     """True for a file whose fields are those of an onnx.ModelProto; protobuf has no magic number to go by."""
-    return bool(head) and looks_like_model(path)
+    return bool(head) and path.name != SAVED_MODEL and looks_like_model(path)
 
 
 def load(path: Path) -> Checkpoint:
