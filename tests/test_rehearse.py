@@ -200,7 +200,7 @@ def sigmoids():
 @pytest.mark.parametrize(("make", "learns"), [(undone_by_one_step, True), (sigmoids, False)])
 def test_the_verdict_relies_on_a_rehearsal_and_says_so(make, learns, monkeypatch):
     """In a network that is too large for virtual steps, the rehearsal clears what was foreseen, or bears it out."""
-    monkeypatch.setattr(response, "_MOST", 0.0)
+    monkeypatch.setattr(response, "AFFORDED", 0.0)
     inputs = (torch.randn(16, 24),)
     plain = initaudit.audit(make(), inputs).to_dict()
     found = initaudit.audit(make(), inputs, config=Config(rehearse=40)).to_dict()

@@ -33,6 +33,7 @@ from initaudit.pair.pair import pair
 from initaudit.pair.records import Pair
 from initaudit.probe.graph_inputs import for_graph
 from initaudit.probe.inputs import InputSpec, for_module, load_data, match_data, parse_spec
+from initaudit.probe.variation import varied
 from initaudit.rules.evidence import Evidence
 
 BATCH = 8  # examples of a probe: enough to compare them with each other, few enough to be done in a second or two
@@ -48,7 +49,7 @@ LOOPS, TRIPS = 5.0, 20_000  # seconds, and trips through all loops together
 class Program:
     """A model as a graph with the inputs it is probed with; `no_probe` says why there are none.
 
-    `synthetic` inputs were made up."""
+    `synthetic` inputs were made up; `varied` names those that were given, held no variation and were varied."""
 
     checkpoint: Checkpoint
     config: Config
@@ -57,6 +58,7 @@ class Program:
     no_probe: str
     progress: Callable[[str], None]
     synthetic: bool = False
+    varied: tuple[str, ...] = ()
 
     @property
     def budget(self) -> Budget:
@@ -85,6 +87,7 @@ class Program:
             prediction=seen.prediction,
             risk_spread=seen.spread,
             synthetic=self.synthetic,
+            varied=self.varied,
         )
 
     def _probe(self) -> Probed:
@@ -172,7 +175,15 @@ def _module(checkpoint: Checkpoint, module: nn.Module, config: Config, inputs: A
     reason = _swells(graph, budget.elements, ALL_OUTPUTS) if isinstance(module, ReadProgram) else ""
     if reason and _swells(graph, budget.shape_elements):
         raise LimitExceeded(checkpoint.source, f"running it would take more than any network needs ({reason})")
-    return Program(checkpoint, config, graph, graph.examples, reason, progress, synthetic)
+    return _with_variation(Program(checkpoint, config, graph, graph.examples, reason, progress, synthetic))
+
+
+def _with_variation(program: Program) -> Program:
+    """With inputs that were given and hold no variation varied: what a probe says of the network is then not their doing."""
+    if program.synthetic or program.inputs is None or program.no_probe:
+        return program
+    inputs, names = varied(program.graph, program.inputs, program.config.seed)
+    return replace(program, inputs=inputs, varied=names, synthetic=bool(names))
 
 
 def _names_all(module: nn.Module, data: Mapping[str, Any]) -> bool:
@@ -197,7 +208,7 @@ def _onnx(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callabl
         raise LimitExceeded(checkpoint.source, f"running it would take more than any network needs ({refused})")
     reason = _integers(graph) or _swells(graph, budget.elements, ALL_OUTPUTS)
     synthetic = inputs is None and config.data is None
-    return Program(checkpoint, config, graph, given, reason, progress, synthetic)
+    return _with_variation(Program(checkpoint, config, graph, given, reason, progress, synthetic))
 
 
 def _swells(graph: Graph, most: int, together: float = math.inf) -> str:

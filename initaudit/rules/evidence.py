@@ -66,9 +66,10 @@ class Evidence:
 
     `layers` are in forward order. `tensors` holds the moments of every floating-point tensor of the checkpoint by name.
     `graph`, `trace` and `risk` are None where there is no program, or no probe: `no_probe` then says why, and `prediction`
-    holds the moments that mean-field theory gives instead; `synthetic` tells that the probe's inputs were made up.
-    `risk_spread` is the standard deviation of each risk over seeds. `base` is what became of the tensors of the checkpoint
-    given by --base, `histories` what the optimizer's state remembers of the gradients.
+    holds the moments that mean-field theory gives instead; `synthetic` tells that the probe's inputs were made up, and
+    `varied` names those that were given, held no variation and were varied. `risk_spread` is the standard deviation of each
+    risk over seeds. `base` is what became of the tensors of the checkpoint given by --base, `histories` what the optimizer's
+    state remembers of the gradients.
     """
 
     checkpoint: Checkpoint
@@ -85,6 +86,7 @@ class Evidence:
     prediction: Prediction | None = field(default=None, repr=False)
     risk_spread: Mapping[str, float] = field(default_factory=dict)
     synthetic: bool = False
+    varied: tuple[str, ...] = ()
 
     def layer(self, tensor: str) -> LayerEvidence | None:
         """The first layer that uses a tensor of this name."""
