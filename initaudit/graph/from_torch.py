@@ -30,6 +30,9 @@ _NUMBERS = 100
 _MANY = f"forward takes more than {_NUMBERS} numbers out of tensors"
 _TAKE_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 _TAKES = ("item", "tolist", "__float__", "__int__", "__bool__", "__index__")
+_PARTS = ("unbind", "__iter__")
+# A trace as for training would meet the same numbers.
+_AGAIN = (_MANY, "GuardOnDataDependent")
 
 
 class _Flat(nn.Module):
@@ -147,7 +150,7 @@ def from_module(
                     return graph
         switch(module, training=False)
         graph = _trace(module, inputs, keywords, flat, training)
-        if graph.unused and not any(_MANY in note for note in graph.notes):
+        if graph.unused and not any(sign in note for sign in _AGAIN for note in graph.notes):
             # An auxiliary head that only training uses is not an unused parameter.
             switch(module, training=True)
             with contextlib.suppress(UnreadableModel):
@@ -286,7 +289,10 @@ def _without_saved(traced: fx.GraphModule) -> fx.GraphModule:
 
 
 class _FewNumbers(TorchFunctionMode):
-    """Inside, forward may take so many numbers out of tensors, and no gradients; raises ValueError where it takes more."""
+    """Inside, forward may take so many numbers out of tensors, and no gradients; raises ValueError where it takes more.
+
+    A line that is taken apart into single values counts at once: each of them costs a node before it is a number.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,7 +301,11 @@ class _FewNumbers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _TAKE_GRADIENTS:
             raise ValueError("forward takes gradients")
-        if getattr(func, "__name__", "") in _TAKES and args and isinstance(args[0], torch.Tensor):
+        name = getattr(func, "__name__", "")
+        single = name in _PARTS and args and isinstance(args[0], torch.Tensor) and args[0].dim() == 1
+        if single and args[0].numel() > _NUMBERS:
+            raise ValueError(_MANY)
+        if name in _TAKES and args and isinstance(args[0], torch.Tensor):
             self.taken += args[0].numel()
             if self.taken > _NUMBERS:
                 raise ValueError(_MANY)
