@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -80,7 +82,9 @@ def audit_one(source: str, config: Config, progress: Callable[[str], None] | Non
 
 def _audited(source: str, config: Config, progress: Callable[[str], None] | None = None) -> ModelReport:
     try:
-        return audit_one(source, config, progress)
+        # What the model's own code prints is no part of the report.
+        with contextlib.redirect_stdout(sys.stderr):
+            return audit_one(source, config, progress)
     except Exception as error:  # noqa: BLE001 - a fault of ours in one model must leave the others audited; it is shown whole
         text = f"{source}: an internal error, not a finding about the model: {type(error).__name__}: {error}"
         return ModelReport(source, "unknown", notes=("".join(traceback.format_exception(error)),), error=text)
@@ -105,7 +109,7 @@ def _side_by_side(jobs: Sequence[tuple[str, Config]], workers: int) -> Iterator[
 def with_hint(error: str, given: str, names: Sequence[str]) -> str:
     """The line about an unreadable model, with the nearest file, command or configured name where the path does not exist."""
     path = Path(given)
-    if "://" in given or path.exists() or "did you mean" in error or "; write " in error:
+    if "://" in given or os.path.exists(path) or "did you mean" in error or "; write " in error:
         return error
     try:
         beside = [str(path.parent / entry) for entry in os.listdir(path.parent)] if path.parent.is_dir() else []

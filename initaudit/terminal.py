@@ -61,10 +61,17 @@ def emit(text: str, *, newline: bool = True) -> None:
         click.echo(text.encode("utf-8", "backslashreplace").decode("utf-8"), nl=newline, color=True)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python would fail again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close()
+    except OSError as error:
+        _close()
+        raise UsageError("standard output", error.strerror or "cannot be written", "room for the report") from error
     except UnicodeEncodeError:
         sys.stdout.write(text.encode("ascii", "backslashreplace").decode("ascii") + ("\n" if newline else ""))
+
+
+def _close() -> None:
+    """Python would fail again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(line: str) -> None:

@@ -27,7 +27,7 @@ import initaudit.session as session
 from sample_report import deep_model
 def audit_one(source, config, progress=None):
     if source == "slow":
-        print("started", flush=True); time.sleep(60)
+        print("started", flush=True, file=sys.__stdout__); time.sleep(60)
     return dataclasses.replace(deep_model(2000), source=source)
 session.audit_one = audit_one
 from initaudit.cli import run

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from initaudit.auditing.program import Program
 
 Progress = Callable[[str], None]
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory")  # how torch says so
 
 
 class Audit:
@@ -134,7 +135,18 @@ def report_on(checkpoint: Checkpoint, config: Config, *, inputs: Any = None, pro
     """The report on a checkpoint that has been opened."""
     from initaudit.rules.roots import findings_of
 
-    evidence = evidence_on(checkpoint, config, inputs=inputs, progress=progress)
+    try:
+        evidence = evidence_on(checkpoint, config, inputs=inputs, progress=progress)
+    except SystemExit as error:  # a stranger's forward must not end a run over other models, and not as a success
+        raise UnreadableModel(
+            checkpoint.source, f"its code called sys.exit({error.code!r})", "a forward that returns"
+        ) from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _NO_MEMORY):
+            raise
+        raise UnreadableModel(
+            checkpoint.source, "the probe does not fit into memory", advice="a smaller --probe-batch"
+        ) from error
     return model_report(evidence, findings_of(evidence, progress))
 
 
