@@ -41,7 +41,7 @@ def here(tmp_path, monkeypatch):
 
 def test_what_a_model_prints_is_not_in_the_report(here, capsys):
     assert run(["strangers:Prints", "--format", "json", "--no-cache"]) == 0
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     assert json.loads(out)["models"]
     assert "hello from forward" not in out
 

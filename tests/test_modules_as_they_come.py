@@ -329,3 +329,20 @@ def test_gradients_that_forward_takes_are_followed():
 
 def test_what_the_user_detaches_stays_detached():
     assert "IA311" in [code for code, _ in loud(initaudit.audit(Forces(cut=True), torch.randn(16, 4)))]
+
+
+class Numbers(nn.Module):
+    """Computes with the numbers of its first layer only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.net = nn.Linear(16, 16), net()
+
+    def forward(self, x):
+        return self.net(torch.relu(nn.functional.linear(x, self.first.weight.data, self.first.bias.data)))
+
+
+def test_parameters_taken_by_their_data_get_no_gradient():
+    (found,) = loud(initaudit.audit(Numbers(), torch.randn(16, 16)))
+    assert found[0] == "IA311"
+    assert "although forward computes with them: first.weight, first.bias" in found[1]

@@ -50,9 +50,12 @@ class Constants:
     def add(self, name: str, kind: ConstantKind, value: torch.Tensor) -> str:
         """Registers a tensor and returns its key.
 
-        A literal that is a tensor which the module holds by a way of its own is called by that way.
+        A literal that is a tensor which the module holds by a way of its own is called by that way, and the `.data` of a
+        parameter is that parameter: the module's own autograd says that no step moves it.
         """
         if kind == "literal" and value.is_floating_point() and value.numel():
+            if same := self._names.get((value.data_ptr(), tuple(value.shape))):
+                return self.add(same[0], "parameter", self._module.get_parameter(same[0]))
             name = self._outside.get(same_place(value), name)
         if name not in self.found:
             same = self._names.get((value.data_ptr(), tuple(value.shape)), []) if kind == "parameter" and value.numel() else []

@@ -9,6 +9,7 @@ from initaudit.graph.reach import downstream
 from initaudit.rules.culprit import culprit
 from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, linear, mlp, residual
+from initaudit.rules.flow import ROUNDING
 from initaudit.rules.health import CONTRAST, below, health, is_constant, pair_of
 from initaudit.rules.mixing import collapse
 from initaudit.rules.remedy import init_line
@@ -94,18 +95,29 @@ class InputsCollapse(Rule):
         )
 
     def _mixed(self, evidence: Evidence) -> Iterator[Finding]:
-        """Equal outputs though no layer is to blame: forward mixes the examples. Zeros that are meant learn at once."""
+        """Equal outputs though no layer is to blame: forward mixes the examples, or loses what tells them apart elsewhere.
+
+        Zeros that are meant learn at once.
+        """
         trace = evidence.trace
         if trace is None or not trace.alike or not trace.response or any(min(r.losses) < _STUCK for r in trace.response):
             return
-        last = evidence.layers[-1]
+        place = _where_lost(evidence)
+        if not trace.met and not place:
+            return  # they differ too little for the output's numbers, which the rules about sizes say
         yield self.finding(
             f"all {trace.batch} inputs give the same output, and no virtual step tells them apart, though every layer does: "
-            "forward sums, averages or picks along the axis of the examples",
-            "reduce over the axes of one example only: look for mean, sum, max or an index along axis 0",
+            + (
+                "forward sums, averages or picks along the axis of the examples"
+                if trace.met
+                else f"{place} gives one value for all"
+            ),
+            "reduce over the axes of one example only: look for mean, sum, max or an index along axis 0"
+            if trace.met
+            else "look at what it is given: an index, a rounding or a comparison that comes out the same for every input",
             measured=0.0,
             expected=1.0,
-            **fields(last),
+            **fields(evidence.layers[-1]),
         )
 
     def _merged(self, evidence: Evidence, least: int) -> Iterator[Finding]:
@@ -154,6 +166,27 @@ class InputsCollapse(Rule):
             example("six attentions without skips", lambda: _attentions(skips=False)),
             example("a zero layer", lambda: mlp(32, 64, 64, 64, 5, change=lambda m: linear(m)[1].weight.zero_())),
         )
+
+
+def _where_lost(evidence: Evidence) -> str:
+    """The first operator of which all examples get the same, "" for none that was measured.
+
+    A layer whose bias drowns what it was given is none: that is a matter of sizes.
+    """
+    from initaudit.graph.calls import role_of
+    from initaudit.graph.graph import location_of
+
+    graph, trace = evidence.graph, evidence.trace
+    assert graph is not None
+    assert trace is not None
+    varied = downstream(n for n in graph.fx.nodes if n.op == "placeholder")
+    for node in graph.fx.nodes:
+        seen = trace.signals.get(node.name)
+        if node not in varied or node.op != "call_function" or seen is None or seen.spread is None or seen.spread > ROUNDING:
+            continue
+        layer = role_of(node).kind == "contraction"
+        return "" if layer else f"{role_of(node).name or node.name} ({location_of(node).site or node.name})"
+    return ""
 
 
 def _attentions(*, skips: bool) -> Any:
