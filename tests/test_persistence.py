@@ -124,6 +124,33 @@ def test_what_is_dead_follows_nothing():
     assert later.losses[-1] > 0.9
 
 
+class Mixed(nn.Module):
+    """A deep graph network without skips: of a node it keeps how many neighbours it has (Li et al. 2018)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(24))
+        for layer in self.layers:
+            nn.init.kaiming_normal_(layer.weight)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x, near):
+        for layer in self.layers:
+            x = torch.relu(near @ layer(x))
+        return self.head(x)
+
+
+def test_to_follow_along_one_line_is_no_learning():
+    torch.manual_seed(0)
+    near = ((torch.rand(40, 40) < 0.2) | torch.eye(40).bool()).float()
+    near = torch.maximum(near, near.T)
+    scale = near.sum(1) ** -0.5
+    given = torch.randn(40, 16), scale[:, None] * near * scale
+    later = persist(graph_of(Mixed(), given), given, 0, None)
+    assert later.task == "memory"
+    assert later.losses[-1] > 0.9
+
+
 def risk(symmetry=0.0, exploding=0.0):
     return Risk(symmetry, 0.0, exploding, 1.0, 1.0)
 

@@ -28,6 +28,9 @@ _LONG, _BOLD, _CAREFUL = 200, ("adam", 3e-3), ("adam", 3e-4)
 # By how much each weight of the network to be followed differs: at least by one step at the careful rate, at most by a sixth of
 # what all steps at the bold one can go.
 _REACH = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
+# What is told apart along one direction only is told by one number: of the share that differs, healthy networks keep 2e-2, and
+# below this it is a fault (IA307).
+_LINE = 1e-4
 
 
 def persist(
@@ -61,7 +64,7 @@ def persist(
 
 
 def _following(task: Task, seed: int) -> Task | None:
-    """To be what the network is with other weights; None where no other weights tell examples apart otherwise.
+    """To be what the network is with other weights; None where these tell examples apart by no more than one number of each.
 
     The weights move as far as the outputs change by no more than they differ between examples: an unstable network is not asked
     for what explodes.
@@ -77,7 +80,8 @@ def _following(task: Task, seed: int) -> Task | None:
             break
     else:
         return None
-    losses = {n: _distance(v, min(_spread(v), moved[n])) for n, v in ends.items() if moved[n] > 0 and _spread(v) > 0}
+    told = {n for n, v in ends.items() if moved[n] > 0 and _spread(v) > 0 and _beside_one_line(v - start[n]) >= _LINE}
+    losses = {n: _distance(ends[n], min(_spread(ends[n]), moved[n])) for n in told}
     return replace(task, losses=losses) if losses else None
 
 
@@ -91,6 +95,18 @@ def _spread(value: Tensor) -> float:
     """The variance over examples; what is not finite is infinite."""
     found = float((value - value.mean(0)).square().mean())
     return found if math.isfinite(found) else math.inf
+
+
+def _beside_one_line(value: Tensor) -> float:
+    """The share of the variance over examples that does not lie along one direction of the units; 1 where there is one unit.
+
+    Deep in a network that has made its examples one but for their size, all that other weights change is one number of each.
+    """
+    rows = value.flatten(1).double() if value.dim() > 1 else value.double()[:, None]
+    if rows.shape[1] < 2:
+        return 1.0
+    found = torch.linalg.svdvals(rows - rows.mean(0)).square()
+    return float(1 - found[0] / found.sum()) if float(found.sum()) > 0 else 0.0
 
 
 def _distance(wanted: Tensor, guessed: float) -> Loss:
