@@ -129,13 +129,14 @@ print((held("VmHWM") - before) / sum(p.nbytes for p in module.parameters()))
 def probe(folder: Path, quick: bool) -> None:
     """The most that an audit with probe of a module of a gigabyte holds, in units of the module, beside what one pass holds."""
     count = 4 if quick else 16
-    for kind, what, layers in (
+    kinds = (
         ("plain", "of float32", count),
         ("tied", "with a tied table", count),
         ("gated", "with gates of zero", count),
         ("plain16", "of bfloat16", count * 7 // 4),
         ("gated16", "of bfloat16, with gates of zero", count * 7 // 4),
-    ):
+    )
+    for kind, what, layers in kinds[:1] if quick else kinds:
         held = {}
         for action in ("pass", "audit"):
             command = [sys.executable, "-c", _PROBED, action, kind, str(layers)]

@@ -26,8 +26,8 @@ class UntrainedLayer(Rule):
     that cannot have learnt because a zero behind them stops their gradient (LoRA's A before its B), are left out. A matrix of
     zeros is an error where it cuts trained weights off from the gradient, and a warning where it may belong to a branch that
     was never trained. Where only layers that make the output are fresh, or zero, it is a remark: a new head belongs to every
-    fine-tuning. A matrix of one other number is an error, and a warning where it makes the output. Without a graph a head is
-    a matrix of whose outputs no other weight takes as many.
+    fine-tuning; a head of zeros in an ONNX file is a warning. A matrix of one other number is an error, and a warning where it
+    makes the output. Without a graph a head is a matrix of whose outputs no other weight takes as many.
 
     Why it is bad: a key did not match when the checkpoint was loaded, so that this layer is random. The model answers, badly.
 
@@ -116,7 +116,11 @@ class UntrainedLayer(Rule):
             return
         reason = "right for a new head, else it was not loaded" if head else "never trained, or wiped when the file was written"
         says = f"while {len(trained)} others are trained: {reason}"
-        yield self._of_zeros(found, says, "info" if head else "warning", "a step moves every value whose gradient is not zero")
+        # Before a fine-tuning there is a module with a new head; what is exported answers.
+        remark = head and evidence.checkpoint.format != "onnx"
+        yield self._of_zeros(
+            found, says, "info" if remark else "warning", "a step moves every value whose gradient is not zero"
+        )
 
     def _filled(self, evidence: Evidence) -> Iterator[Finding]:
         """Matrices of one number that is not zero: nothing that was trained ends so, nor does a new layer begin so."""
