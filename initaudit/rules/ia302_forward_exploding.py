@@ -10,6 +10,7 @@ from initaudit.rules.examples import convs, example, mlp
 from initaudit.rules.health import GROWTH, health, pair_of
 from initaudit.rules.remedy import init_line
 from initaudit.rules.rule import Example, Finding, Rule
+from initaudit.rules.stream import what_grows
 from initaudit.rules.support import fields, initial, off_scale, power, rate, view
 
 
@@ -17,7 +18,8 @@ class ForwardExploding(Rule):
     """The second moment of the signal grows with depth.
 
     What it does: compares the second moment behind every linear operator with that of the input, or of what the last
-    normalization put out. A growth that a norm right behind the layer takes away does not count.
+    normalization put out. A growth that a norm right behind the layer takes away does not count. Where no weight is too large
+    it names the numbers that forward multiplies the signal by, and the sums with which branches add to it.
 
     Why it is bad: the loss starts at thousands, its gradient overflows in half precision, and the first step moves the weights
     further than their own size.
@@ -45,13 +47,16 @@ class ForwardExploding(Rule):
         flow = view(evidence).flow
         alone = culprit(evidence, state, flow.growth, state.growth) if flow is not None else None
         root = alone or layer
+        large = [alone] if alone else off_scale(state.layers, large=True)
+        clause, help = ("", "") if large else what_grows(evidence, layer, state.growth, state.limits.growth[0])
         yield self.finding(
             f"the signal's second moment has grown {power(state.growth)}-fold at {layer.tensor}, after {len(state.layers)} "
             "layers (healthy "
             "networks stay below 10); the first steps of any optimizer overshoot, and half precision overflows"
             + (f"; {root.tensor} alone does it" if alone else "")
+            + clause
             + rate(evidence, "signal_growth", state.growth),
-            init_line(*([alone] if alone else off_scale(state.layers, large=True) or [root])),
+            help or init_line(*(large or [root])),
             severity=state.growing,
             measured=state.growth,
             expected=1.0,

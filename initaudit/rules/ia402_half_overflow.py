@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from initaudit.rules.evidence import Evidence
+from initaudit.rules.evidence import Evidence, LayerEvidence
 from initaudit.rules.examples import example, mlp
+from initaudit.rules.health import GROWTH
 from initaudit.rules.remedy import init_line, reset_line
 from initaudit.rules.rule import EXACT, Example, Finding, Rule, Threshold
+from initaudit.rules.stream import what_grows
 from initaudit.rules.structure import is_mask
-from initaudit.rules.support import fields, names
+from initaudit.rules.support import fields, names, off_scale, view
 
 HALF = 65504.0  # the largest float16 (IEEE 754-2008, table 3.5)
 # Weights of 1e6 exist in no trained or drawn network; the square of 1e19 overflows float32.
@@ -60,7 +62,7 @@ class HalfOverflow(Rule):
             + (
                 "the model is in float16, so they become infinite, and NaN behind it" if half else "it cannot be run in float16"
             ),
-            f"{init_line(first)}  # or run the model in bfloat16",
+            f"{_mend(evidence, first)}  # or run the model in bfloat16",
             severity="error" if half else "info",
             measured=peak,
             expected=HALF,
@@ -109,6 +111,15 @@ class HalfOverflow(Rule):
             example("forty times He in float16", _half),
             example("a weight of 1e30", lambda: mlp(32, 64, 5, change=lambda m: m[2].weight.mul_(1e30))),
         )
+
+
+def _mend(evidence: Evidence, layer: LayerEvidence) -> str:
+    """The line that keeps a layer's output in range: what forward does to the signal where no weight is too large."""
+    flow = view(evidence).flow
+    growth = flow.growth.get(layer.pair.node) if flow is not None else None
+    if growth is None or off_scale(evidence.layers, large=True):
+        return init_line(layer)
+    return what_grows(evidence, layer, growth, GROWTH[0])[1] or init_line(layer)
 
 
 def _is_half(evidence: Evidence) -> bool:
