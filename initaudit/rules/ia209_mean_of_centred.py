@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from initaudit.graph.reach import upstream
 from initaudit.rules.evidence import Evidence
 from initaudit.rules.examples import example
+from initaudit.rules.health import CONTRAST
 from initaudit.rules.rule import EXACT, Example, Finding, Rule, Severity
 from initaudit.rules.structure import passed_by
 from initaudit.rules.support import initial, names, view
@@ -119,11 +120,11 @@ def _share(evidence: Evidence, node: fx.Node) -> float:
         given = given.all_input_nodes[0] if len(given.all_input_nodes) == 1 else None
     if trace is None or given is None or node.name not in trace.signals or given.name not in trace.signals:
         return 1.0
-    before, after = (
-        s.spread * s.moment2 if s.spread is not None and s.moment2 is not None else None
-        for s in (trace.signals[given.name], trace.signals[node.name])
-    )
-    return after / before if before and after is not None else 1.0
+    before, after = trace.signals[given.name], trace.signals[node.name]
+    # What did not differ before the mean was lost elsewhere.
+    if not before.moment2 or not before.spread or before.spread < CONTRAST[0] or after.spread is None or after.moment2 is None:
+        return 1.0
+    return after.spread * after.moment2 / (before.spread * before.moment2)
 
 
 def _loses(evidence: Evidence, node: fx.Node) -> bool:
