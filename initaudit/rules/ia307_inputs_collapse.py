@@ -102,19 +102,20 @@ class InputsCollapse(Rule):
         trace = evidence.trace
         if trace is None or not trace.alike or not trace.response or any(min(r.losses) < _STUCK for r in trace.response):
             return
-        place = _where_lost(evidence)
-        if not trace.met and not place:
-            return  # they differ too little for the output's numbers, which the rules about sizes say
+        lost, drowned = _where_lost(evidence)
+        if trace.met or not lost:
+            where = "forward sums, averages or picks along the axis of the examples"
+            advice = "reduce over the axes of one example only: look for mean, sum, max or an index along axis 0"
+        elif drowned:
+            where = f"at {lost} it is less than rounding beside what they have in common"
+            advice = "keep it up to there: a smaller bias or constant, a larger branch, or a normalization of what differs"
+        else:
+            where = f"{lost} gives one value for all"
+            advice = "look at what it is given: an index, a rounding or a comparison that comes out the same for every input"
         yield self.finding(
             f"all {trace.batch} inputs give the same output, and no virtual step tells them apart, though every layer does: "
-            + (
-                "forward sums, averages or picks along the axis of the examples"
-                if trace.met
-                else f"{place} gives one value for all"
-            ),
-            "reduce over the axes of one example only: look for mean, sum, max or an index along axis 0"
-            if trace.met
-            else "look at what it is given: an index, a rounding or a comparison that comes out the same for every input",
+            + where,
+            advice,
             measured=0.0,
             expected=1.0,
             **fields(evidence.layers[-1]),
@@ -168,10 +169,10 @@ class InputsCollapse(Rule):
         )
 
 
-def _where_lost(evidence: Evidence) -> str:
-    """The first operator of which all examples get the same, "" for none that was measured.
+def _where_lost(evidence: Evidence) -> tuple[str, bool]:
+    """The first operator of which all examples get the same, and whether that is a layer, whose bias drowns what it is given.
 
-    A layer whose bias drowns what it was given is none: that is a matter of sizes.
+    "" for no operator whose output was compared.
     """
     from initaudit.graph.calls import role_of
     from initaudit.graph.graph import location_of
@@ -182,11 +183,17 @@ def _where_lost(evidence: Evidence) -> str:
     varied = downstream(n for n in graph.fx.nodes if n.op == "placeholder")
     for node in graph.fx.nodes:
         seen = trace.signals.get(node.name)
-        if node not in varied or node.op != "call_function" or seen is None or seen.spread is None or seen.spread > ROUNDING:
-            continue
-        layer = role_of(node).kind == "contraction"
-        return "" if layer else f"{role_of(node).name or node.name} ({location_of(node).site or node.name})"
-    return ""
+        if (
+            node in varied
+            and node.op == "call_function"
+            and seen is not None
+            and seen.spread is not None
+            and seen.spread <= ROUNDING
+        ):
+            role = role_of(node)
+            place = f"{role.name or node.name} ({location_of(node).site or node.name})"
+            return place, role.kind in ("contraction", "recurrent")
+    return "", False
 
 
 def _attentions(*, skips: bool) -> Any:
