@@ -346,3 +346,22 @@ def test_parameters_taken_by_their_data_get_no_gradient():
     (found,) = loud(initaudit.audit(Numbers(), torch.randn(16, 16)))
     assert found[0] == "IA311"
     assert "although forward computes with them: first.weight, first.bias" in found[1]
+
+
+class Partial(nn.Module):
+    """Turns a part of its features and leaves the rest, of which there is none."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.first, self.net, self.part = nn.Linear(16, 16), net(), part
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.net(torch.cat([torch.cos(x[:, : self.part]), x[:, self.part :]], -1))
+
+
+@pytest.mark.parametrize("part", [8, 16])
+def test_an_empty_rest_ends_no_probe(part):
+    found = initaudit.audit(Partial(part), torch.randn(16, 16))
+    assert loud(found) == []
+    assert found.risk

@@ -155,6 +155,8 @@ def _moved(
         result = result[0] if isinstance(result, (tuple, list)) else result
         if not isinstance(result, Tensor) or tuple(result.shape) != after:
             return None, 1
+        if not result.numel():  # what is left beside a rotary embedding of whole heads
+            return _same(axis, axis, after, before), inner
         varying = [
             i for i in range(result.dim()) if result.shape[i] > 1 and bool((_line(result, i) != _line(result, i)[0]).any())
         ]
