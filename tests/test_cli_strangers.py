@@ -72,3 +72,8 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "standard output" in done.stderr
+
+
+def test_what_could_not_be_read_is_not_counted_as_without_findings(capsys):
+    assert run(["missing.pt", SOUND, "--format", "concise", "--no-cache"]) == 2
+    assert capsys.readouterr().out == "no findings in 1 model, 1 not read\n"

@@ -18,7 +18,9 @@ def render(report: Report, style: Style) -> str:
         lines += [f"{count:>5}  {code}  {name}" for count, code, name in statistics(report)]
     if not style.quiet:
         total = counts(f for model in report.models for f in model.findings)
-        lines.append(f"{total} in {plural(len(report.models), 'model')}")
+        read = sum(model.error is None for model in report.models)
+        rest = f", {len(report.models) - read} not read" if read < len(report.models) else ""
+        lines.append(f"{total} in {plural(read, 'model')}{rest}")
     return style.finish("".join(text + "\n" for text in lines))
 
 
