@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,11 @@ class Location:
     site: str = ""
     file: str | None = None
     line: int | None = None
+
+    @property
+    def source_line(self) -> str:
+        """`net.py:12`, "" where no source line is known."""
+        return f"{Path(self.file).name}:{self.line}" if self.file and self.line else ""
 
 
 NOWHERE = Location()

@@ -365,3 +365,14 @@ def test_an_empty_rest_ends_no_probe(part):
     found = initaudit.audit(Partial(part), torch.randn(16, 16))
     assert loud(found) == []
     assert found.risk
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("name", ["input", "anything"])
+def test_lazy_layers_take_their_sizes_from_data_by_name_or_in_order(tmp_path, name):
+    np.savez(tmp_path / "batch.npz", **{name: np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)})
+    found = initaudit.audit(
+        nn.Sequential(nn.LazyLinear(32), nn.ReLU(), nn.LazyLinear(3)), config={"data": tmp_path / "batch.npz"}
+    )
+    assert loud(found) == []
+    assert [layer.shape for layer in found.layers] == [(32, 8), (3, 32)]

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from initaudit.auditing.given import arguments_of, given_inputs
 from initaudit.config import Config
 from initaudit.errors import UnreadableModel
 from initaudit.graph.from_torch import silenced
 from initaudit.load.checkpoint import Checkpoint
 from initaudit.load.module import from_module
 from initaudit.load.spans import reason
-from initaudit.probe.inputs import load_data
 from initaudit.randomness import random_state_kept
-
-
-def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The arguments of forward, by position and by name, that `inputs` stand for: a mapping, a sequence, or the only one."""
-    if isinstance(inputs, Mapping):
-        return (), inputs
-    several = isinstance(inputs, (tuple, list)) and not hasattr(inputs, "_fields")
-    return (tuple(inputs) if several else (inputs,)), {}
 
 
 def settled(checkpoint: Checkpoint, config: Config, inputs: Any) -> Checkpoint:
@@ -37,9 +28,7 @@ def settled(checkpoint: Checkpoint, config: Config, inputs: Any) -> Checkpoint:
     if not isinstance(module, nn.Module) or not any(map(torch.nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
         return checkpoint
     name = type(module).__name__
-    if inputs is None and config.data is not None:
-        data = load_data(config.data)
-        inputs = tuple(data.values()) if "" in data else data
+    inputs = given_inputs(module, config, inputs)
     if inputs is None:
         found = "it has parameters without a shape, which lazy layers take from their first batch"
         raise UnreadableModel(name, found, advice="give example inputs, or run one forward pass first")

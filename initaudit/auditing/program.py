@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from initaudit.auditing.given import arguments_of, given_inputs
 from initaudit.auditing.layers import layer_evidence, norm_parameters
-from initaudit.auditing.lazy import arguments_of
 from initaudit.auditing.probing import Probed, believed, probed, skipped
 from initaudit.auditing.recognition import in_company, with_recognition
 from initaudit.config import Config
@@ -148,9 +148,7 @@ def open_program(checkpoint: Checkpoint, config: Config, inputs: Any, progress: 
 def _module(checkpoint: Checkpoint, module: nn.Module, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:
     keywords: Mapping[str, Any] = {}
     batch = config.probe_batch if config.probe_batch is not None else BATCH
-    if inputs is None and config.data is not None:
-        data = load_data(config.data)
-        inputs = tuple(data.values()) if "" in data or not _names_all(module, data) else data
+    inputs = given_inputs(module, config, inputs)
     synthetic = inputs is None
     if inputs is None:
         progress("finding inputs")
@@ -184,12 +182,6 @@ def _with_variation(program: Program) -> Program:
         return program
     inputs, names = varied(program.graph, program.inputs, program.config.seed)
     return replace(program, inputs=inputs, varied=names, synthetic=bool(names))
-
-
-def _names_all(module: nn.Module, data: Mapping[str, Any]) -> bool:
-    import inspect
-
-    return set(data) <= set(inspect.signature(module.forward).parameters)
 
 
 def _onnx(checkpoint: Checkpoint, config: Config, inputs: Any, progress: Callable[[str], None]) -> Program:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -100,7 +99,7 @@ class LargeInitialLogits(Rule):
         assert evidence.graph is not None
         location = next(location_of(n) for n in evidence.graph.fx.nodes if n.name == name)
         classes, std, loss = logits
-        place = f"{Path(location.file).name}:{location.line}" if location.file else location.site or name
+        place = location.source_line or location.site or name
         return self.finding(
             f"{classes} outputs of standard deviation {std:.3g}: a cross-entropy would start at {loss:.3g}, where guessing has "
             f"ln({classes}) = {math.log(classes):.3g}; {layer.tensor} is not what makes them so large, a factor of {times:.3g} "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from initaudit.rules.evidence import Evidence
@@ -47,7 +46,7 @@ class ExamplesMeet(Rule):
 
         node = view(evidence).nodes[trace.met]
         place = location_of(node)
-        line = f" ({Path(place.file).name}:{place.line})" if place.file and place.line else ""
+        line = f" ({place.source_line})" if place.source_line else ""
         yield self.finding(
             f"the output of one example depends on the other examples of the batch: they first meet in {role_of(node).name} at "
             f"{place.site or node.name}{line}; a prediction changes with the company in which it is asked for",

@@ -90,7 +90,7 @@ class UntrainedLayer(Rule):
         if trace is None:
             return
         silent = {n for n, p in trace.parameters.items() if p.gradient_zero}
-        trained = [x for x in evidence.layers if x.recognition is not None and x.recognition.verdict == "trained"]
+        trained = _trained(evidence)
         cut = [x.tensor for x in trained if x.pair.trainable and silent.issuperset(x.pair.constants)]
         empty = [x for x in evidence.layers if x.moments.count and x.moments.min == x.moments.max == 0 and x.pair.fan_in > 1]
         if not cut or not empty or len(trained) < self.limit(evidence, "trained"):
@@ -107,7 +107,7 @@ class UntrainedLayer(Rule):
 
     def _zeros(self, evidence: Evidence, named: set[str]) -> Iterator[Finding]:
         """Matrices of zeros round which the signal finds a way, or of which no graph tells: never trained, or wiped."""
-        trained = {x.tensor for x in evidence.layers if x.recognition is not None and x.recognition.verdict == "trained"}
+        trained = {x.tensor for x in _trained(evidence)}
         adapters = {zero for _, zero in _adapters(evidence)}
         empty = {x.tensor: x for x in evidence.layers if _is_empty(x) and x.tensor not in named | adapters}
         found = list(empty.values())
@@ -124,7 +124,7 @@ class UntrainedLayer(Rule):
 
     def _filled(self, evidence: Evidence) -> Iterator[Finding]:
         """Matrices of one number that is not zero: nothing that was trained ends so, nor does a new layer begin so."""
-        trained = {x.tensor for x in evidence.layers if x.recognition is not None and x.recognition.verdict == "trained"}
+        trained = {x.tensor for x in _trained(evidence)}
         for layer in {x.tensor: x for x in evidence.layers if _is_filled(x)}.values() if trained else ():
             head, m = _makes_output(evidence, layer), layer.moments
             yield self.finding(
@@ -175,6 +175,10 @@ class UntrainedLayer(Rule):
 def lost(checkpoint: Checkpoint) -> set[str]:
     """The tensors that the file lacks: what a module has in their place was drawn, and IA502 says why."""
     return {name for p in checkpoint.problems if p.code == "IA502" for name in (p.tensor, *p.related)}
+
+
+def _trained(evidence: Evidence) -> list[LayerEvidence]:
+    return [x for x in evidence.layers if x.recognition is not None and x.recognition.verdict == "trained"]
 
 
 def _again(*layers: LayerEvidence) -> str:

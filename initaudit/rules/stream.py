@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from initaudit.rules.evidence import Evidence, LayerEvidence
@@ -111,13 +109,8 @@ def _counted(stream: Stream) -> str:
 
 
 def _place(node: fx.Node) -> str:
-    return " ".join(_words(node))
-
-
-def _words(node: fx.Node) -> Iterator[str]:
     from initaudit.graph.graph import location_of
 
     place = location_of(node)
-    yield f"at {place.site or node.name}"
-    if place.file and place.line:
-        yield f"({Path(place.file).name}:{place.line})"
+    line = f" ({place.source_line})" if place.source_line else ""
+    return f"at {place.site or node.name}{line}"
